@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ekd_lightning.config.overrides import override
@@ -427,11 +427,13 @@ def test_space_files_are_refused_in_one_line(tmp_path, text, message):
         st.text("abcNnulTre 01.,:/-='\"{}[]()#$&~@äß"),
     )
 )
+@example("${a} \\'$${")
 def test_hydra_reads_an_override_back_to_its_value(value):
     from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import OmegaConf
 
     parsed = OverridesParser.create().parse_override(override("a.b", value))
-    found = parsed.value()
+    found = OmegaConf.create({"b": parsed.value()})["b"]  # OmegaConf would read ${ as an interpolation
     assert (found, type(found)) == (value, type(value))
 
 

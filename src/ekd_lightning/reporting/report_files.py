@@ -19,7 +19,6 @@ from ekd_lightning.errors import UserError
 from ekd_lightning.files import DamagedFileError, UnwritableFileError, move_folder, read_json, write_text
 from ekd_lightning.reporting import setups, tables
 from ekd_lightning.reporting.figure_style import COST_FIGURE, file_name
-from ekd_lightning.reporting.groups import Group
 from ekd_lightning.reporting.report import Report, summary
 from ekd_lightning.runs.collection import RECORDS, RunEntry, read_records, record_name
 from ekd_lightning.runs.lock import check_directory
@@ -298,23 +297,17 @@ def runs_csv(report: Report) -> str:
     dotted names, e.g. `recipe.lr`. Runs that are not done have empty fields.
     """
     counted = {run.name: group for group in report.groups for run in (*group.runs, *group.duplicates)}
-    records = [_run(run, counted[run.name]) for run in report.collection.runs]
+    fields = ("method", "data", "student", "num_branches", "num_teachers", "fraction", "seed")
+    records = []
+    for run in report.collection.runs:
+        group = counted[run.name]
+        found: dict[str, Any] = {"run": run.name, "state": run.state, "error": run.error}
+        found |= {"counts": run in group.done, "setting": group.label, **{key: run.get(key) for key in fields}}
+        for key, value in (run.result or {}).items():
+            flatten(value, key, found)
+        found |= {key: value for key, value in setups.settings(run).items() if not isinstance(value, list)}
+        records.append(found)
     return tables.csv_text(records)
-
-
-def _run(run: RunEntry, group: Group) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "run": run.name,
-        "state": run.state,
-        "error": run.error,
-        "counts": run in group.done,
-        "setting": group.label,
-    }
-    for key in ("method", "data", "student", "num_branches", "num_teachers", "fraction", "seed"):
-        found[key] = run.get(key)
-    for key, value in (run.result or {}).items():
-        flatten(value, key, found)
-    return found | {key: value for key, value in setups.settings(run).items() if not isinstance(value, list)}
 
 
 def flatten(value: Any, name: str, into: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from ekd_lightning.reporting.estimates import (
     plural,
     share,
 )
+from ekd_lightning.reporting.figure_style import COST_FIGURE, file_name
 from ekd_lightning.reporting.groups import Group
 from ekd_lightning.reporting.report import Report, kind_of_machine
 from ekd_lightning.reporting.report_files import MADE_BY, PAGE_BEGINS, SUMMARY_PAGE, page_name
@@ -108,30 +109,20 @@ def summary_page(report: Report, missing: Sequence[str] = ()) -> str:
     """
     found = sorted((one for block in report.blocks for one in standings(block)), key=_worth)
     rows = [
-        (
-            _link(one.block.data, f", {100 * (one.block.fraction or 1):g} %"),
-            one.block.protocol.steps,
-            md.code(one.ekd.label),
-            percent(one.ekd.accuracy) if one.ekd.accuracy else "",
-            f"{(one.ekd.mean('macs') or 0) / 1e6:.1f} M",
-            md.code(one.best.label) if one.best else "–",
-            percent(one.best.accuracy) if one.best and one.best.accuracy else "",
-            interval_text(one.against.get(one.best.label)) if one.best else "",
-            one.side(one.best.label) if one.best else "",
-        )
+        {
+            "data": _link(one.block.data, f", {100 * (one.block.fraction or 1):g} %"),
+            "steps": one.block.protocol.steps,
+            "row": md.code(one.ekd.label),
+            "test accuracy %": percent(one.ekd.accuracy),
+            "MACs": f"{(one.ekd.mean('macs') or 0) / 1e6:.1f} M",
+            "best other method at no more cost": md.code(one.best.label) if one.best else "–",
+            "its test accuracy %": percent(one.best.accuracy) if one.best else "",
+            "EKD minus it": interval_text(one.against.get(one.best.label)) if one.best else "",
+            "EKD is": one.side(one.best.label) if one.best else "",
+        }
         for one in found
     ]
-    heads = (
-        "data",
-        "steps",
-        "row",
-        "test accuracy %",
-        "MACs",
-        "best other method at no more cost",
-        "its test accuracy %",
-        "EKD minus it",
-        "EKD is",
-    )
+    table = md.table(rows[0], [row.values() for row in rows]) if rows else ""
     pages = sorted({block.data for block in report.blocks})
     lines = [_better_words(one) for one in found if one.better]
     better = f"\n{_bullets(lines)}\n" if lines else ""
@@ -141,7 +132,7 @@ def summary_page(report: Report, missing: Sequence[str] = ()) -> str:
 
 {_filled(lead(found))}
 
-{md.table(heads, rows)}{better}
+{table}{better}
 Every row of EKD is compared with every other method that costs at most {100 * SAME_COST:g} % more multiply-accumulates.
 Differences are in points, paired by seed, with their 95 % interval. The best other method is picked by its test
 accuracy, which flatters it, from those with at least {ENOUGH} common seeds, if there are any; the pages correct p
@@ -166,13 +157,13 @@ def _better_words(one: Standing) -> str:
     return f"{where}, {md.code(one.ekd.label)}: more accurate than the best other method, with too few runs: {names}."
 
 
-def data_page(report: Report, data: str, figures: Mapping[str, str]) -> str:
+def data_page(report: Report, data: str, figures: Sequence[str]) -> str:
     """The page of a data set.
 
     Args:
         report: The report on all records.
         data: Name of the data set.
-        figures: Path of the figure of accuracy and cost by the block's key.
+        figures: Paths of the figures of accuracy and cost, relative to the page.
     """
     blocks = [block for block in report.blocks if block.data == data]
     found = [one for block in blocks for one in standings(block)]
@@ -180,8 +171,9 @@ def data_page(report: Report, data: str, figures: Mapping[str, str]) -> str:
     for block in blocks:
         parts += [f"## {md.prose(block.title)}\n", _protocol(block)]
         parts += [_standing_words(one) for one in standings(block)]
-        if block.key in figures:
-            parts.append(md.image(figures[block.key], "Test accuracy against cost, with 95 % intervals") + "\n")
+        figure = f"figures/{file_name(COST_FIGURE, block.key)}.svg"
+        if figure in figures:
+            parts.append(md.image(figure, "Test accuracy against cost, with 95 % intervals") + "\n")
         best = sorted(report.rows[block.key], key=lambda row: -row.group.mean_accuracy)
         parts.append(tables.markdown(best, _COLUMNS))
     return "\n".join(parts)
@@ -251,9 +243,8 @@ def _standing_words(one: Standing) -> str:
             lines.append(f"{side}: {'; '.join(f'{md.code(n)} {_difference(one.against[n])}' for n in own)}")
     sure = [n for n, d in one.against.items() if d.half is not None and (d.tested or 1.0) < SIGNIFICANCE]
     lines.append(f"p below {SIGNIFICANCE:g} after Holm's correction: {listed([md.code(n) for n in sure]) or 'none'}")
-    accuracy = percent(one.ekd.accuracy) if one.ekd.accuracy else ""
     cost = f"{(one.ekd.mean('macs') or 0) / 1e6:.1f} M MACs"
-    head = f"**{md.code(one.ekd.label)}**, {accuracy} % at {cost}, against methods that cost no more:"
+    head = f"**{md.code(one.ekd.label)}**, {percent(one.ekd.accuracy)} % at {cost}, against methods that cost no more:"
     return f"{head}\n\n{_bullets(lines)}\n"
 
 
@@ -296,7 +287,7 @@ def readme_section(report: Report, folder: str) -> str:
     rows = [
         (
             md.Markdown(called),
-            percent(groups[label].accuracy) if groups[label].accuracy else "",
+            percent(groups[label].accuracy),
             f"{(groups[label].mean('macs') or 0) / 1e6:.1f} M",
             f"{(groups[label].mean('num_parameters') or 0) / 1e3:.0f} k",
         )
@@ -324,14 +315,12 @@ def write_pages(report: Report, folder: Path, missing: Sequence[str] = ()) -> li
     from ekd_lightning.reporting import figure_style as fs  # noqa: PLC0415 (needs matplotlib)
     from ekd_lightning.reporting.figures import by_cost  # noqa: PLC0415
 
-    files, shown = [], {}
-    keys = {fs.file_name(fs.COST_FIGURE, block.key): block.key for block in report.blocks}
+    files = []
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     with fs.style():
         for drawn in by_cost(report, fs.LineStyles(report.ordered_labels)):
-            (path,) = fs.save(drawn.figure, folder / "figures" / drawn.name, ["svg"])
-            files.append(path)
-            shown[keys[drawn.name]] = f"figures/{path.name}"
+            files += fs.save(drawn.figure, folder / "figures" / drawn.name, ["svg"])
+    shown = [f"figures/{path.name}" for path in files]
     pages = {page_name(data): data_page(report, data, shown) for data in sorted({b.data for b in report.blocks})}
     for name, text in {**pages, SUMMARY_PAGE: summary_page(report, missing)}.items():
         files.append(folder / name)

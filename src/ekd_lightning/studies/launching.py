@@ -12,6 +12,7 @@ import tempfile
 import textwrap
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -33,7 +34,17 @@ from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import RunState
 from ekd_lightning.runs.writer import now
 from ekd_lightning.studies.sharing import shared_gpus
-from ekd_lightning.studies.sweep import STYLES, Job, JobState, Sweep, job_state, job_states, varied_keys, varied_values
+from ekd_lightning.studies.sweep import (
+    STATE_NAMES,
+    STYLES,
+    Job,
+    JobState,
+    Sweep,
+    job_state,
+    job_states,
+    varied_keys,
+    varied_values,
+)
 
 if TYPE_CHECKING:
     from ekd_lightning.pipeline.prepare import Prepared
@@ -48,13 +59,7 @@ _POLL_SECONDS = 1.0  # between two readings of the jobs' files
 _BAR = 12
 _MOST_SHOWN = 100  # characters of an error
 _GRACE_SECONDS = 30.0  # for interrupted jobs to say so and end
-_COUNTED = {
-    "done": (RunState.DONE, RunState.PARTIAL),
-    "failed": (RunState.FAILED,),
-    "stopped": (RunState.STOPPED,),
-    "running": (RunState.RUNNING,),
-    "not started": (RunState.PLANNED,),
-}
+_NOT_DONE = (RunState.FAILED, RunState.STOPPED, RunState.RUNNING, RunState.PLANNED)
 
 
 def check_job(settings: Settings) -> Prepared:
@@ -164,10 +169,9 @@ def stopped(sweep: Sweep, command: str | None = None, *, queued: bool = False) -
         command: Command that continues it; None for `ekd-train resume=FOLDER`.
         queued: Whether its jobs are in a cluster's queue, where they continue.
     """
-    states = [state.run.state for state in job_states(sweep)]
-    counts = {name: sum(state in kinds for state in states) for name, kinds in _COUNTED.items()}
-    parts = [f"{counts['done']} of {len(states)} runs done"]
-    parts += [f"{count} {name}" for name, count in counts.items() if count and name != "done"]
+    counts = Counter(state.run.state for state in job_states(sweep))
+    parts = [f"{counts[RunState.DONE] + counts[RunState.PARTIAL]} of {counts.total()} runs done"]
+    parts += [f"{counts[state]} {STATE_NAMES[state]}" for state in _NOT_DONE if counts[state]]
     first = "to continue, once the queue is empty:" if queued else "to continue:"
     return f"{', '.join(parts)}; {first} {command or sweep.again}"
 

@@ -9,7 +9,8 @@ import contextlib
 import json
 import os
 import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +49,16 @@ def open_study(folder: Path, description: dict[str, Any], *, warmup_steps: int |
     pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
     if warmup_steps is not None:
         pruner = optuna.pruners.MedianPruner(n_startup_trials=_PRUNE_AFTER, n_warmup_steps=warmup_steps)
+    create = partial(optuna.create_study, direction="maximize", pruner=pruner, load_if_exists=True)
     plain = json.loads(json.dumps(description))
     if url is None:
         _check_description(folder, plain)
-        return _open_journal(folder / JOURNAL, pruner)
+        return _open_journal(folder / JOURNAL, create)
     _check_description(folder, {**plain, "storage": without_password(url)})
     name = "/".join(folder.absolute().parts[-2:])
     try:
         storage = RDBStorage(url, heartbeat_interval=HEARTBEAT_SECONDS)
-        study = optuna.create_study(
-            storage=storage, study_name=name, direction="maximize", pruner=pruner, load_if_exists=True
-        )
+        study = create(storage=storage, study_name=name)
         known = study.user_attrs.get("description")
         if known is None:
             study.set_user_attr("description", plain)
@@ -137,14 +137,11 @@ def _checksum(log: Any) -> int:
     return zlib.crc32(json.dumps(log, sort_keys=True).encode())
 
 
-def _open_journal(path: Path, pruner: optuna.pruners.BasePruner) -> optuna.Study:
+def _open_journal(path: Path, create: Callable[..., optuna.Study]) -> optuna.Study:
     if os.path.lexists(path) and not path.is_file():
         raise DamagedFileError(f"{path}: damaged, not a regular file")
     try:
-        storage = JournalStorage(_Journal(path))
-        return optuna.create_study(
-            storage=storage, study_name="tune", direction="maximize", pruner=pruner, load_if_exists=True
-        )
+        return create(storage=JournalStorage(_Journal(path)), study_name="tune")
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -35,6 +35,7 @@ SEED = "seed"
 MOST_ROWS = 60
 """Finished runs that a summary shows at most; the others are shown all."""
 STYLES = {RunState.DONE: "green", RunState.PARTIAL: "green", RunState.FAILED: "red", RunState.STOPPED: "yellow"}
+STATE_NAMES = {state: "not started" if state is RunState.PLANNED else state.value for state in RunState}
 _BEST = "★"
 
 
@@ -232,12 +233,11 @@ def sweep_tables(states: Sequence[JobState], folder: Path) -> list[Table]:
     for state in (state for state in states if id(state) not in cut):
         values = varied_values(state.job, keys)
         found = [_mean([state], key) for key in ("test_accuracy", "val_accuracy", "train_seconds")]
-        ended = "not started" if state.run.state is RunState.PLANNED else state.run.state.value
         runs.add_row(
             state.job.directory.relative_to(folder).as_posix(),
             *(values.get(key, "–") for key in keys),
             *_figures(found, best),
-            Text(ended, STYLES.get(state.run.state, "")),
+            Text(STATE_NAMES[state.run.state], STYLES.get(state.run.state, "")),
             style=_style(found[0], best),
         )
     return [runs, _means(groups, [key for key in keys if key != SEED])] if groups else [runs]
