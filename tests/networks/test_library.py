@@ -516,6 +516,9 @@ def test_a_module_without_pooled_features_serves_logits_alone(users, name):
     assert network.num_features == 0
     images = torch.rand(2, 3, 32, 32)
     assert network.outputs(images).logits.shape == (2, 10)
+    assert count_macs(network) == count_macs(build_network(NetworkSpec("module:users_networks.residual", 10, UNIT)))
+    own = BranchedStudent(network.spec, branches=2, split_after="none")
+    assert own.stage_shapes() == network.stage_shapes()
     student = BranchedStudent(NetworkSpec("resnet8", 10, UNIT), branches=1, split_after="none")
     context = TermContext.of(student, [network], teacher_names=("theirs",))
     build_method("m", {"kd_ensemble": {"weight": 1}}, context)

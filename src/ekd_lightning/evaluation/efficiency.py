@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,8 @@ def count_parameters(module: nn.Module) -> int:
 def count_macs(module: nn.Module, image_size: ImageSize = 32) -> int:
     """Counts the multiply-accumulates of convolutions and linear layers in the forward pass of one image.
 
-    Nothing is computed (meta device, on a copy in eval mode), and the module does not change.
+    Nothing is computed (meta device, on a copy in eval mode), unless the module's path depends on values, and the
+    module does not change.
 
     Args:
         module: Takes images [B, 3, H, W].
@@ -34,10 +36,14 @@ def count_macs(module: nn.Module, image_size: ImageSize = 32) -> int:
     Returns:
         Half of the floating-point operations that PyTorch's counter reports.
     """
-    probe = meta_probe(module)
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        probe(torch.empty(1, 3, *sides(image_size), device="meta"))
+    counter, images = FlopCounterMode(display=False), torch.zeros(1, 3, *sides(image_size))
+    with torch.no_grad():
+        try:
+            with counter:
+                meta_probe(module)(images.to("meta"))
+        except RuntimeError:  # the meta device has no values
+            with counter:
+                copy.deepcopy(module).cpu().eval()(images)
     return int(counter.get_total_flops()) // 2
 
 

@@ -407,10 +407,7 @@ class StagedNetwork(nn.Module):
             UserError: when the network does not accept images of this size.
         """
         check_size(self.spec, self.fixed_size, image_size)
-        probe = meta_probe(nn.ModuleList([self.normalize, self.stages]))
-        images = torch.empty(1, 3, *sides(image_size), device="meta")
-        with torch.no_grad():
-            return shapes_of(through(probe[1], probe[0](images))[1])  # type: ignore[arg-type]
+        return shapes_of(self.normalize, self.stages, image_size)
 
 
 def check_size(spec: NetworkSpec, fixed_size: int | None, image_size: ImageSize) -> None:
@@ -463,12 +460,10 @@ def meta_probe(module: _ModuleT) -> _ModuleT:
     return probe
 
 
-def meta_outputs(network: Any, image_size: ImageSize) -> Any:
-    """Returns a network's outputs for one image on the meta device, where nothing is computed."""
+def shapes_of(normalize: Normalize, stages: nn.ModuleDict, image_size: ImageSize) -> dict[str, tuple[int, int, int]]:
+    """Returns channels, height and width of each stage's output; see `StagedNetwork.stage_shapes`."""
+    probe = meta_probe(nn.ModuleList([normalize, stages]))
     with torch.no_grad():
-        return meta_probe(network).outputs(torch.empty(1, 3, *sides(image_size), device="meta"))
-
-
-def shapes_of(stages: Mapping[str, Tensor]) -> dict[str, tuple[int, int, int]]:
-    """Returns channels, height and width of each stage's output."""
-    return {name: (maps.shape[1], maps.shape[2], maps.shape[3]) for name, maps in stages.items()}
+        maps = probe[0](torch.empty(1, 3, *sides(image_size), device="meta"))
+        _, outputs = through(probe[1], maps)  # type: ignore[arg-type]
+    return {name: (maps.shape[1], maps.shape[2], maps.shape[3]) for name, maps in outputs.items()}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,6 @@ from ekd_lightning.networks.staged import (
     StagedNetwork,
     StudentOutput,
     check_size,
-    meta_outputs,
     pool,
     shapes_of,
     through,
@@ -216,7 +215,8 @@ class BranchedStudent(nn.Module):
             UserError: when its network does not accept images of this size.
         """
         check_size(self.spec, self.fixed_size, image_size)
-        return shapes_of(meta_outputs(self, image_size).stages[0])
+        stages = {**self.trunk.stages, **cast(Branch, self.branches[0]).stages}
+        return shapes_of(self.trunk.normalize, nn.ModuleDict(stages), image_size)
 
 
 def _check(branches: int, split_after: str, ensemble: str) -> None:
