@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from ekd_lightning.data.images import ImageSet, JoinedImages, Unlabelled
 from ekd_lightning.data.mixing import Mix, Mixing, mix_images, mix_labels
@@ -357,7 +358,7 @@ def gather_batch(
         The batch, with images float32 [B, 3, H, W] in [0, 1], mixed if `rows.mix` is set.
     """
     device = device or images.device
-    rows = _on_device(rows, device)
+    rows = tree_map_only(Tensor, lambda values: values.to(device, non_blocking=True), rows)
     index, view, mix = rows.index, rows.view, rows.mix
     if mix is not None:  # partners may belong to the share of another process
         index, view = torch.cat((index, mix.index)), torch.cat((view, mix.view))
@@ -370,12 +371,3 @@ def gather_batch(
         own, partners = chosen.chunk(2)
         chosen, soft_labels = mix_images(own, partners, mix.share, mix.box), mix.soft_labels
     return Batch(chosen, rows.labels, rows.index, rows.view, rows.valid, soft_labels, rows.num_labelled)
-
-
-def _on_device(rows: IndexBatch, device: torch.device) -> IndexBatch:
-    labels, index, view, valid = (field.to(device, non_blocking=True) for field in rows[:4])
-    mix = rows.mix
-    if mix is not None:
-        moved = {name: getattr(mix, name).to(device, non_blocking=True) for name in ("index", "view")}
-        mix = mix._replace(soft_labels=mix.soft_labels.to(device, non_blocking=True), **moved)
-    return rows._replace(labels=labels, index=index, view=view, valid=valid, mix=mix)

@@ -7,9 +7,9 @@ import hashlib
 import json
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors
 import safetensors.torch
@@ -22,6 +22,7 @@ from ekd_lightning.networks.registry import build_network, library_version
 from ekd_lightning.networks.staged import NetworkSpec, StagedNetwork
 from ekd_lightning.networks.student import BranchedStudent
 
+_ModuleT = TypeVar("_ModuleT", bound=nn.Module)
 _KIND, _SPEC = "ekd_kind", "ekd_spec"
 _WRAPPERS = ("state_dict", "model_state_dict", "model_ema", "state_dict_ema", "ema", "model", "net")
 
@@ -50,12 +51,7 @@ def load_network(path: str | Path) -> StagedNetwork:
     Raises:
         UserError: when the file is missing, damaged, not a network of this package, or does not fit its spec.
     """
-    path = Path(path)
-    tensors = _read_tensors(path)  # first, as it checks the checksum: a damaged spec may describe a huge network
-    with _described(path, "network") as values, torch.random.fork_rng(devices=[]):
-        network = build_network(NetworkSpec.from_dict(values))
-    _fill(path, network, tensors)
-    return network.eval()
+    return _load(Path(path), "network", lambda values: build_network(NetworkSpec.from_dict(values)))
 
 
 def save_student(path: str | Path, student: BranchedStudent, metadata: Mapping[str, str] | None = None) -> None:
@@ -72,12 +68,11 @@ def load_student(path: str | Path) -> BranchedStudent:
     Raises:
         UserError: when the file is missing, damaged, not a student of this package, or does not fit its spec.
     """
-    path = Path(path)
-    tensors = _read_tensors(path)
-    with _described(path, "student") as values, torch.random.fork_rng(devices=[]):
-        student = BranchedStudent(NetworkSpec.from_dict(values.pop("spec")), **values)
-    _fill(path, student, tensors)
-    return student.eval()
+
+    def build(values: dict[str, Any]) -> BranchedStudent:
+        return BranchedStudent(NetworkSpec.from_dict(values.pop("spec")), **values)
+
+    return _load(Path(path), "student", build)
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -238,19 +233,19 @@ def _described(path: Path, kind: str) -> Iterator[dict[str, Any]]:
         raise UserError(f"{path}: the {kind} of its description cannot be built ({one_line(error)})") from None
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _load(path: Path, kind: str, build: Callable[[dict[str, Any]], _ModuleT]) -> _ModuleT:
     _require_file(path)
     try:
-        return read_sealed_tensors(path)
+        tensors = read_sealed_tensors(path)  # first, as it checks the checksum: a damaged spec may be of a huge network
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-
-
-def _fill(path: Path, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    with _described(path, kind) as values, torch.random.fork_rng(devices=[]):
+        module = build(values)
     try:
         module.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
         raise UserError(f"{path}: its weights do not fit its description ({one_line(error)})") from None
+    return module.eval()
 
 
 def _require_file(path: Path) -> None:
