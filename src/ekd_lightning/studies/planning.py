@@ -6,13 +6,11 @@ import json
 import logging
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from omegaconf import DictConfig
 
 from ekd_lightning.config.config import (
     changed_keys,
@@ -112,43 +110,41 @@ def plan(study: Study, folder: Path, compose: Composer, *, retry_failed: bool) -
         UserError: If a row cannot be run, or a directory holds a run with another configuration.
     """
     ordered: list[tuple[tuple[float, int, int], Job]] = []
-    left, running, done = [], 0, []
-    checked: dict[tuple[str, float], tuple[Settings, dict[str, int]]] = {}
-    inputs, recorded = StudyInputs(), list[RunEntry]()
-    composed: dict[tuple[str, float], DictConfig] = {}
+    left, running, done, recorded = [], 0, list[RunEntry](), list[RunEntry]()
+    checked, inputs = list[Settings](), StudyInputs()
     free = [word for word in study.common if may_be_given(word)]
-    for row, fraction, seed in _row_by_row(study):
-        found, words = read_run(folder, row.name, fraction, seed), study.words(row, fraction, seed)
-        directory, place = found.directory, (row.name, fraction)
-        if place not in composed:
-            composed[place] = compose(overrides=words)
-            to_settings(composed[place]).check()
-        checkpoint = RunDirectory(directory).last_checkpoint.is_file()
-        failed = found.state is RunState.FAILED
-        keeps = found.is_over or found.state is RunState.STOPPED or (failed and checkpoint)
-        if keeps and found.on_disk.file(CONFIG) is not None:
-            _check_configuration(directory, to_plain(compose(overrides=words)))
-            recorded.append(found)
-        if found.is_over:
-            done.append(found)
-            continue
-        if found.state is RunState.RUNNING:
-            running += 1
-            continue
-        if failed and not retry_failed:
-            left.append(found)
-            continue
-        resumed = found.on_disk.can_resume()
-        if place not in checked:
-            settings = to_settings(composed[place])
-            checked[place] = settings, _check_row(row, settings, inputs)
-        own = tuple(_resumed_words(directory, free) if resumed else words)
-        cost = remaining_cost(found, *checked[place]) if resumed else checked[place][1]
-        job = Job(directory, own, resumed, row.name, **cost)
-        ordered.append(((fraction, seed, -len(composed[place].method.terms)), job))
+    # Rows are counted, as the further seeds of a checked row take no time.
+    for fraction, row in track(list(product(study.fractions, study.rows)), "checking", "rows"):
+        config = compose(overrides=study.words(row, fraction, study.seeds_of(row)[0]))
+        settings = to_settings(config)
+        settings.check()
+        whole: dict[str, int] | None = None
+        for seed in study.seeds_of(row):
+            found, words = read_run(folder, row.name, fraction, seed), study.words(row, fraction, seed)
+            failed = found.state is RunState.FAILED
+            keeps = found.is_over or found.state is RunState.STOPPED
+            keeps |= failed and found.on_disk.last_checkpoint.is_file()
+            if keeps and found.on_disk.file(CONFIG) is not None:
+                _check_configuration(found.directory, to_plain(compose(overrides=words)))
+                recorded.append(found)
+            if found.is_over:
+                done.append(found)
+            elif found.state is RunState.RUNNING:
+                running += 1
+            elif failed and not retry_failed:
+                left.append(found)
+            else:
+                if whole is None:
+                    whole = _check_row(row, settings, inputs)
+                    checked.append(settings)
+                resumed = found.on_disk.can_resume()
+                own = tuple(_resumed_words(found.directory, free) if resumed else words)
+                cost = remaining_cost(found, settings, whole) if resumed else whole
+                job = Job(found.directory, own, resumed, row.name, **cost)
+                ordered.append(((fraction, seed, -len(config.method.terms)), job))
     inputs.refuse_other_images(recorded)
     inputs.obtain_weights()
-    warn_without_effect([key_of(word) for word in study.common], [settings for settings, _ in checked.values()])
+    warn_without_effect([key_of(word) for word in study.common], checked)
     # Within a seed the methods with many terms come first: they need most teacher outputs, and fill the tables that
     # the others then read.
     jobs = [job for _, job in sorted(ordered, key=lambda pair: pair[0])]
@@ -160,13 +156,6 @@ def plan(study: Study, folder: Path, compose: Composer, *, retry_failed: bool) -
         log.warning("%s failed earlier and is skipped: %s (--retry-failed runs it again)", one.name, one.error)
     _warn_of_other_machines(done)
     return jobs
-
-
-def _row_by_row(study: Study) -> Iterator[tuple[RowPlan, float, int]]:
-    """All runs as (row, fraction, seed). Rows are counted, as the further seeds of a checked row take no time."""
-    for fraction, row in track(list(product(study.fractions, study.rows)), "checking", "rows"):
-        for seed in study.seeds_of(row):
-            yield row, fraction, seed
 
 
 def _warn_of_other_machines(done: Sequence[RunEntry]) -> None:
