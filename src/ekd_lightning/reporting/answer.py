@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ekd_lightning.reporting.blocks import Block
+from ekd_lightning.reporting.blocks import SAME_COST, Block
 from ekd_lightning.reporting.estimates import (
     ENOUGH,
     SIGNIFICANCE,
@@ -57,8 +57,6 @@ VERDICTS = {
     "not_enough": ("", "too few runs in"),
 }
 """Outcomes of a comparison, in words: against one setting, and counted over several blocks."""
-SAME_COST = 0.05
-"""Costs are equal if the MACs differ by at most this share."""
 _ACCURACY = "test_accuracy"
 
 
@@ -140,7 +138,7 @@ def _called(other: Group, controls: Mapping[str, Group]) -> str:
 
 def _nothing_to_compare(block: Block) -> str:
     """Why EKD is compared with nothing: there is no other method, or none of comparable cost."""
-    others = [one for one in block.done if not one.method.startswith("ekd")]
+    others = block.others
     if not others:
         return "no run of another method is done, so whether it helps is open."
     names = listed([f"{one.label}, {share(one.mean_accuracy)} %" for one in others[:3]])
@@ -263,7 +261,7 @@ def _against_best(block: Block, subject: Group, findings: Sequence[Finding]) -> 
     Returns:
         The comparison, and the groups with a higher test accuracy but too few runs to compare.
     """
-    others = rivals(block, subject)
+    others = block.rivals(subject)
     found = _differences(subject, others)
     best, above = best_of(others, found)
     if best is None:
@@ -278,12 +276,6 @@ def _against_best(block: Block, subject: Group, findings: Sequence[Finding]) -> 
         over = "" if p is None else f" ({p_text(p)} corrected for {tested} comparisons)"
         finding = replace(finding, sentence=f"{best.label} is also {among}{enough} at no more cost{over}.")
     return finding, [one for one in others if one in above]
-
-
-def rivals(block: Block, subject: Group) -> list[Group]:
-    """The other methods of a block, without variants of EKD, that cost no more than the subject."""
-    most = (subject.mean("macs") or float("inf")) * (1 + SAME_COST)
-    return [one for one in block.done if not one.method.startswith("ekd") and (one.mean("macs") or 0.0) <= most]
 
 
 def best_of(others: Sequence[Group], found: Mapping[str, Difference]) -> tuple[Group | None, tuple[Group, ...]]:

@@ -13,6 +13,8 @@ from ekd_lightning.reporting.setups import needed, short, taught_by
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.protocol import ComparisonGroup, Protocol, Training, comparison_groups
 
+SAME_COST = 0.05
+"""Costs are equal if the MACs differ by at most this share."""
 _COUNTS = ("K", "M", "teachers", "MACs", "parameters")
 """Settings that vary in a grid of teachers and branches, and those that follow from them."""
 SAME_IN_A_ROW = (
@@ -55,6 +57,16 @@ class Block:
     def done(self) -> list[Group]:
         """The groups with results."""
         return [group for group in self.groups if group.n]
+
+    @property
+    def others(self) -> list[Group]:
+        """The groups with results of methods other than EKD and its variants."""
+        return [group for group in self.done if not group.method.startswith("ekd")]
+
+    def rivals(self, subject: Group) -> list[Group]:
+        """The other methods that cost no more than the subject."""
+        most = (subject.mean("macs") or float("inf")) * (1 + SAME_COST)
+        return [group for group in self.others if (group.mean("macs") or 0.0) <= most]
 
     @property
     def data(self) -> str:

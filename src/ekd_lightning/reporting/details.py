@@ -147,9 +147,8 @@ def curves(group: Group, names: Sequence[str] = CURVES) -> dict[str, list[tuple[
         lines = [one[name] for one in read if name in one]
         epochs = thin(sorted({epoch for line in lines for epoch in line}))
         values = ((epoch, [line[epoch] for line in lines if epoch in line]) for epoch in epochs)
-        points = [(epoch, estimate(own, limits_of(name))) for epoch, own in values]
-        if points:
-            found[name] = [(epoch, one) for epoch, one in points if one is not None]
+        if epochs:
+            found[name] = [(epoch, one) for epoch, own in values if (one := estimate(own, limits_of(name)))]
     return found
 
 

@@ -194,9 +194,8 @@ def group(collection: Collection) -> list[Group]:
     whole: dict[Any, Any] = {}
     for run in runs:
         if run.result is not None:
-            members[setups.key(run)].append(run)
-    for key, own in members.items():
-        for run in own:
+            key = setups.key(run)
+            members[key].append(run)
             whole.setdefault(setups.whole_key(run), key)
     for run in runs:
         if run.result is None:

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from ekd_lightning import markdown as md
 from ekd_lightning.files import write_text
 from ekd_lightning.reporting import tables
-from ekd_lightning.reporting.answer import SAME_COST, best_of, rivals
-from ekd_lightning.reporting.blocks import Block
+from ekd_lightning.reporting.answer import best_of
+from ekd_lightning.reporting.blocks import SAME_COST, Block
 from ekd_lightning.reporting.estimates import (
     ENOUGH,
     SIGNIFICANCE,
@@ -69,7 +69,7 @@ def standings(block: Block) -> list[Standing]:
     """Compares each row of EKD with all methods of at most 5 % more MACs, except other variants of EKD."""
     found = []
     for ekd in (one for one in block.done if one.method in SUBJECTS):
-        others = rivals(block, ekd)
+        others = block.rivals(ekd)
         ours = ekd.by_seed("test_accuracy")
         plain = {one.label: minus(ours, one.by_seed("test_accuracy")) for one in others}
         decide = {one.label: plain[one.label] for one in others if one.decides}
