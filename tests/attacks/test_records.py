@@ -28,10 +28,10 @@ from ekd_lightning.reporting.report import make_report, summary
 from ekd_lightning.reporting.report_files import runs_csv
 from ekd_lightning.runs.collection import RunEntry, collect
 from ekd_lightning.runs.directory import RunDirectory
+from ekd_lightning.studies.rows import read_tuned
 from ekd_lightning.studies.space import read_space
 from ekd_lightning.studies.study import read_study
 from ekd_lightning.studies.sweep import read_sweep
-from ekd_lightning.studies.tuned import read_tuned
 
 many = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 

@@ -25,9 +25,9 @@ from ekd_lightning.runs.writer import RunWriter
 from ekd_lightning.settings import is_free
 from ekd_lightning.studies.comparison import report
 from ekd_lightning.studies.planning import plan
+from ekd_lightning.studies.rows import read_tuned, with_tuned
 from ekd_lightning.studies.study import RowPlan, every_run, read_runs, read_study
 from ekd_lightning.studies.sweep import job_state, read_sweep
-from ekd_lightning.studies.tuned import read_tuned, with_tuned
 from ekd_lightning.training.checkpoints import read_checkpoint
 
 SEARCHED = (

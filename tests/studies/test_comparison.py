@@ -23,8 +23,8 @@ from ekd_lightning.reporting.estimates import holm
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import RunState
 from ekd_lightning.studies.comparison import records, study_rows
+from ekd_lightning.studies.rows import with_tuned
 from ekd_lightning.studies.study import RowPlan, Study, read_study, write_study
-from ekd_lightning.studies.tuned import with_tuned
 
 POOL = [{"id": "a", "sha256": "a" * 64}, {"id": "b", "sha256": "b" * 64}]
 

@@ -36,9 +36,9 @@ from ekd_lightning.settings import RecipeSettings, Settings
 from ekd_lightning.studies import cost, launching, planning
 from ekd_lightning.studies.cost import recorded_pace, seconds_of
 from ekd_lightning.studies.declaration import Declaration, read_declaration
+from ekd_lightning.studies.rows import read_tuned
 from ekd_lightning.studies.study import RowPlan, Study, read_study, write_study
 from ekd_lightning.studies.sweep import Job
-from ekd_lightning.studies.tuned import read_tuned
 
 call = partial(called, main, level=logging.INFO)
 CODE = """

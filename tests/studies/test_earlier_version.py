@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from ekd_lightning.cli.compare import main as compare
+from ekd_lightning.studies.rows import read_tuned
 from ekd_lightning.studies.sweep import found_sweep, show_summary
-from ekd_lightning.studies.tuned import read_tuned
 
 EARLIER = Path(__file__).parents[1] / "fixtures" / "runs_0_1"
 

@@ -13,8 +13,8 @@ from ekd_lightning.config.overrides import check_typed
 from ekd_lightning.errors import UserError
 from ekd_lightning.progress import importing, phase, session
 from ekd_lightning.roles import COUNT, COUNT_OR_NONE, POSITIVE
+from ekd_lightning.studies.rows import read_tuned
 from ekd_lightning.studies.study import parse_numbers
-from ekd_lightning.studies.tuned import read_tuned
 
 PROGRAM = "ekd-tune"
 EXAMPLES = """\
@@ -30,7 +30,7 @@ Overrides are those of ekd-train; a setting that they fix is not searched. See d
 
 # Loggers whose lines reach the terminal; --verbose shows those of every run, too.
 _SHOWN_LOGGERS = (
-    "ekd_lightning.studies.tuned",
+    "ekd_lightning.studies.rows",
     "ekd_lightning.studies.search",
     "ekd_lightning.training.pool",
     "ekd_lightning.progress",

@@ -17,9 +17,8 @@ from ekd_lightning.files import read_yaml
 from ekd_lightning.roles import is_of, name_of_type
 from ekd_lightning.runs.words import check_words, require_named_code
 from ekd_lightning.settings import check_name
-from ekd_lightning.studies.rows import make_row, match_overrides, match_student, matched_row
+from ekd_lightning.studies.rows import make_row, match_overrides, match_student, matched_row, with_tuned
 from ekd_lightning.studies.study import MATCHES, Composer, Study, check_row_words, parse_numbers, union
-from ekd_lightning.studies.tuned import with_tuned
 
 _FORM: dict[str, Any] = {
     "overrides": list[str],
