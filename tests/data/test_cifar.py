@@ -184,7 +184,7 @@ def test_class_constants():
 def test_official_lengths():
     for name in NAMES:
         spec = cifar_spec(name)
-        assert sum(file.length for file in spec.binary.files) == 60000 * spec.row_bytes
+        assert sum(file.length for file in spec.binary.files) == 60000 * (spec.label_bytes + 3 * 32 * 32)
         assert all(len(file.md5) == 32 for file in spec.binary.files + spec.python.files)
         assert dataclasses.is_dataclass(spec)
 

@@ -50,7 +50,7 @@ def test_outputs_are_the_members_own() -> None:
     ensemble = _ensemble()
     images = torch.rand(3, 3, 32, 32)
     outputs = ensemble(images, stages=("stage2", "stem"))
-    assert (ensemble.num_teachers, ensemble.num_classes) == (2, 10)
+    assert (len(ensemble.members), ensemble.num_classes) == (2, 10)
     assert outputs.logits.shape == (2, 3, 10)
     with torch.no_grad():
         for m, member in enumerate(ensemble.members):

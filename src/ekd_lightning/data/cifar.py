@@ -81,11 +81,6 @@ class CifarSpec:
     archive: OfficialFile
     npm_package: str | None = None
 
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of an image with its labels in the binary form."""
-        return self.label_bytes + PIXELS
-
 
 def _torchvision_layout(dataset: type) -> Layout:
     """Returns the python form as torchvision describes it: pairs of file name and MD5."""
@@ -224,9 +219,10 @@ def _read_split(spec: CifarSpec, found: Found, split: str, files: Iterable[Offic
 
 def _parse_binary(spec: CifarSpec, data: bytes, path: Path) -> tuple[UInt8Array, NDArray[np.int64]]:
     """Parses rows of label bytes and 3,072 pixels, channel-first RGB; returns pixels [n, 3072] and labels [n]."""
-    if len(data) % spec.row_bytes:
-        raise UserError(f"{path.absolute()} has {len(data)} bytes, not a multiple of {spec.row_bytes}")
-    rows = np.frombuffer(data, dtype=np.uint8).reshape(-1, spec.row_bytes)
+    row_bytes = spec.label_bytes + PIXELS
+    if len(data) % row_bytes:
+        raise UserError(f"{path.absolute()} has {len(data)} bytes, not a multiple of {row_bytes}")
+    rows = np.frombuffer(data, dtype=np.uint8).reshape(-1, row_bytes)
     return rows[:, spec.label_bytes :], rows[:, spec.label_bytes - 1].astype(np.int64)
 
 

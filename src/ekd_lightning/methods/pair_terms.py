@@ -95,17 +95,17 @@ class FeatureSite:
         """
         self.name, self.is_pooled, self._context = name, name == POOLED, context
         self._grid = None if grid is None else count("grid", grid)
-        self.student_shape: tuple[int, ...] = (context.student_features,)
-        self.teacher_shapes: dict[int, tuple[int, ...]] = dict.fromkeys(sorted({m for _, m in pairs}), ())
         self.student_stages: tuple[str, ...] = ()
         self.teacher_stages: tuple[str, ...] = ()
+        teachers = sorted({m for _, m in pairs})
         if self.is_pooled:
             if self._grid is not None:
                 raise UserError(f"grid={grid} is for maps, not for feature=pooled: choose a stage or `last`")
-            self.teacher_shapes = {m: (context.teacher_width(m),) for m in self.teacher_shapes}
+            self.student_shape: tuple[int, ...] = (context.student_features,)
+            self.teacher_shapes: dict[int, tuple[int, ...]] = {m: (context.teacher_width(m),) for m in teachers}
             return
         self._student = context.student_stage(name)
-        stages = {m: context.teacher_stage(m, name) for m in self.teacher_shapes}
+        stages = {m: context.teacher_stage(m, name) for m in teachers}
         for m in stages:
             for stage in stages.values():  # every teacher must have the last stages of all teachers
                 context.teacher_stage(m, stage)
@@ -114,9 +114,9 @@ class FeatureSite:
         self.teacher_stages = tuple(dict.fromkeys(self._teacher.values()))
         own = context.student_stage_shapes[self._student]
         self.student_shape = self._shape(own, f"the student {context.student_name!r}")
-        for m, stage in stages.items():
-            shape = context.teacher_stage_shapes[m][stage]
-            self.teacher_shapes[m] = self._shape(shape, f"the teacher {context.teacher_label(m)}")
+        shapes = {m: context.teacher_stage_shapes[m][stage] for m, stage in stages.items()}
+        label = context.teacher_label
+        self.teacher_shapes = {m: self._shape(shape, f"the teacher {label(m)}") for m, shape in shapes.items()}
 
     def _shape(self, shape: tuple[int, int, int], network: str) -> tuple[int, ...]:
         if self._grid is None:

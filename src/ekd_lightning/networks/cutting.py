@@ -61,7 +61,8 @@ def cut(module: nn.Module, image_size: int | None = None, stages: Mapping[str, s
         UserError: If `stages` is given and the module cannot be traced, a submodule does not exist, the module cannot
             be cut after it, or the stages are not in order.
     """
-    head = _final_linear(module)
+    linears = [name for name, part in module.named_modules() if isinstance(part, nn.Linear)]
+    head = linears[-1] if linears else None
     opened = _opened(module, head, stages or {})
     training = module.training
     module.eval()  # leaves out auxiliary classifiers
@@ -118,11 +119,6 @@ def _opened(module: nn.Module, head: str | None, stages: Mapping[str, str]) -> s
         if type(part) is nn.Sequential and name.rpartition(".")[0] in opened and name not in stages.values():
             opened.add(name)
     return opened
-
-
-def _final_linear(module: nn.Module) -> str | None:
-    names = [name for name, part in module.named_modules() if isinstance(part, nn.Linear)]
-    return names[-1] if names else None
 
 
 def _classifier(module: nn.Module, graph: fx.Graph, head: str | None) -> fx.Node | None:
