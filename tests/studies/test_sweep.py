@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from ekd_lightning.config import edge
 from ekd_lightning.config.config import register_schema
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import read_json, write_json
@@ -470,6 +471,14 @@ def test_a_row_per_run_with_the_highest_accuracy_marked():
     assert ["0", "ce", "50.00", "50.00", "4.2", "done"] in lines
     assert ["1", "ekd", "★", "71.23", "50.00", "4.2", "done"] in lines
     assert ["2", "kd", "–", "–", "–", "failed"] in lines
+
+
+def test_lists_and_paths_in_brackets_are_shown_as_they_are(capsys):
+    rows = [row(f"[{end}]", 0.5, x=value) for end, value in (("red", "[a,b]"), ("/x", "[/data/x]"))]
+    edge.print_wide(*sweep_tables(rows, FOLDER))
+    lines = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
+    assert ["[red]", "[a,b]"] in lines
+    assert ["[/x]", "[/data/x]"] in lines
 
 
 def test_equal_runs_are_equally_high_and_a_single_one_is_not_the_best_of_anything():

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.text import Text
+
 from ekd_lightning.config.commands import print_next, report_command, trusting, typed, unused
 from ekd_lightning.config.config import recorded_settings
 from ekd_lightning.config.edge import make_parser, parse_names, print_table, run_command
@@ -86,7 +88,7 @@ def run_evaluate(args: argparse.Namespace) -> bool:
     runs, left_out = finished_runs(places)
     for line in left_out:
         print(line, file=sys.stderr)
-    rows: list[tuple[str, ...]] = []
+    rows: list[tuple[str | Text, ...]] = []
     complete, found = True, False
     with session("data", "evaluation") as shown:
         with phase("data"), importing("PyTorch"):
@@ -100,7 +102,7 @@ def run_evaluate(args: argparse.Namespace) -> bool:
                     raise
                 complete = False
                 print(f"{PROGRAM}: error: {error}", file=sys.stderr)
-                rows.append((str(directory), "", "", "", "", "", "[red]failed"))
+                rows.append((str(directory), "", "", "", "", "", Text("failed", "red")))
                 continue
             complete = complete and not outcome.errors
             found = found or bool(outcome.done or outcome.skipped)
@@ -185,10 +187,10 @@ def _evaluate(
     return outcome
 
 
-def _row(directory: Path, outcome: Outcome) -> tuple[str, ...]:
+def _row(directory: Path, outcome: Outcome) -> tuple[str | Text, ...]:
     result = outcome.result
-    parts = [*outcome.done, *(f"[dim]{name} (already done)[/dim]" for name in outcome.skipped)]
-    parts += [f"[red]{name} failed[/red]" for name in outcome.errors]
+    parts = [*map(Text, outcome.done), *(Text(f"{name} (already done)", "dim") for name in outcome.skipped)]
+    parts += [Text(f"{name} failed", "red") for name in outcome.errors]
     return (
         str(directory),
         str(result.get("method")),
@@ -196,7 +198,7 @@ def _row(directory: Path, outcome: Outcome) -> tuple[str, ...]:
         _number(result.get("test_mean_branch_accuracy"), 100, 2),
         _number(result.get("test_ece"), 1, 4),
         _number(result.get("test_ece_calibrated"), 1, 4),
-        ", ".join(parts),
+        Text(", ").join(parts),
     )
 
 

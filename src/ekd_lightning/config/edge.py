@@ -385,4 +385,4 @@ def terminal_width() -> int | None:
 
 
 def _console() -> Console:
-    return Console(file=sys.stdout, highlight=False, width=terminal_width() or _ANY_WIDTH)
+    return Console(file=sys.stdout, highlight=False, markup=False, width=terminal_width() or _ANY_WIDTH)
