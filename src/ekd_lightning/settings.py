@@ -358,7 +358,8 @@ class TeacherSettings:
         given = [name for name in _SOURCES if getattr(entry, name)]
         _require(len(given) == 1, key, given, f"give exactly one of {', '.join(_SOURCES)}")
         plain = TeacherEntry()
-        useful = _USEFUL[given[0]] + (("seed", "recipe") if entry.finetune else ())
+        useful = _USEFUL[given[0]]
+        useful += ("seed", "recipe") if entry.finetune and "finetune" in useful else ()
         for one in fields(TeacherEntry):
             if one.name not in (*given, *useful) and getattr(entry, one.name) != getattr(plain, one.name):
                 known = f"the settings {', '.join(useful)}" if useful else "no further settings"
