@@ -9,6 +9,7 @@ from made_runs import result, write_run
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.runs.collection import collect
+from ekd_lightning.runs.result import is_number
 
 
 def states(found):
@@ -163,3 +164,8 @@ def test_a_number_that_is_none_is_read_as_null(tmp_path):
     (run,) = collect([tmp_path]).runs
     assert run.get("test_nll") is None
     assert run.get("test_branch_accuracy") == [0.5, None]
+
+
+@pytest.mark.parametrize(("value", "expected"), [(10**308, True), (10**309, False), (True, False), (None, False)])
+def test_only_what_a_float_can_hold_is_a_score(value, expected):
+    assert is_number(value) is expected

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any, TypedDict, get_type_hints
 
-from ekd_lightning.roles import is_of
+from ekd_lightning.roles import is_finite, is_of
 from ekd_lightning.settings import EVALUATION_PARTS
 
 _LATE = {"late": True}
@@ -219,4 +219,4 @@ def _hints() -> dict[str, Any]:
 
 def is_number(value: Any) -> bool:
     """Whether a field holds a finite number."""
-    return is_of(value, float) and math.isfinite(value)
+    return is_finite(value)
