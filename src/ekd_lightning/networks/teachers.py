@@ -74,6 +74,11 @@ class TeacherEnsemble(nn.Module):
         self.members = tuple(member.eval().requires_grad_(False) for member in members)
 
     @property
+    def num_teachers(self) -> int:
+        """M."""
+        return len(self.members)
+
+    @property
     def device(self) -> torch.device:
         """Device of the members."""
         return next(self.members[0].parameters()).device
