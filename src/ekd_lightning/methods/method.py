@@ -117,8 +117,8 @@ class Method(nn.Module):
                 keys = ", ".join(f"method.terms.{key}" for key in reading)
                 raise UserError(
                     f"the teacher {name} predicts none of the data's {num_classes} classes, so it can only teach "
-                    f"features: remove {keys}; classes=[..], which maps its classes to the data's, and finetune=head, "
-                    f"which trains a new head, are for teachers of timm, torchvision, hub and module"
+                    f"features: remove {keys}, or, for a teacher of timm, torchvision, hub or module, map its classes "
+                    f"to the data's with classes=[..] or train a new head with finetune=head"
                 )
             if masked and classes:
                 remedy = "use loss=kl" if hasattr(reading[masked[0]], "loss") else "use kd_branch in its place"
