@@ -431,6 +431,7 @@ def test_rows_of_other_networks_are_tuned_too_and_the_tables_say_it(tmp_path, wo
 MISTAKES = [
     (("--methods", "ekdd"), "unknown method 'ekdd'; did you mean 'ekd'"),
     (("--methods", "ekd@resnet9"), "unknown network 'resnet9'; did you mean 'resnet8'"),
+    (("--methods", "ekd@timm:hub/net"), "--methods: row 'ekd@timm:hub/net': folders are named after it"),
     (("--methods", "ekd", "--seeds", "0,x"), "--seeds 0,x: "),
     (("--methods", "ekd", "--seeds", "1,1"), "--seeds 1,1: "),
     (("--methods", "ekd", "--seeds", "-1"), "--seeds -1: "),
@@ -468,7 +469,10 @@ def test_a_folder_that_is_no_study_is_left_alone(tmp_path):
 
 
 def test_a_study_file_reads_as_it_was_written(tmp_path):
-    rows = (studies.RowPlan("ce", ("method=ce",), ("student.branches",)), studies.RowPlan("ekd", ("method=ekd",)))
+    rows = (
+        studies.RowPlan("ce", ("method=ce",), ("student.branches",)),
+        studies.RowPlan("ekd@timm:resnet18.a1_in1k", ("method=ekd", "student.network='timm:resnet18.a1_in1k'")),
+    )
     study = studies.Study(rows, (0.1, 1.0), (0, 2), ("recipe.lr=0.1",), "digits")
     studies.write_study(study, tmp_path)
     assert studies.read_study(tmp_path) == study

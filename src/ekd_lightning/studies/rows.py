@@ -21,7 +21,7 @@ from ekd_lightning.roles import Role
 from ekd_lightning.runs.protocol import Protocol
 from ekd_lightning.runs.words import check_words
 from ekd_lightning.settings import purpose_of
-from ekd_lightning.studies.study import Composer, RowPlan, Study
+from ekd_lightning.studies.study import Composer, RowPlan, Study, check_row_words
 
 if TYPE_CHECKING:
     from ekd_lightning.networks.registry import Match
@@ -57,6 +57,8 @@ def plan_rows(
     names = [word.strip() for word in methods.split(",") if word.strip()]
     if not names or len(set(names)) < len(names):
         raise UserError(f"--methods {methods}: must name different rows, e.g. ce,kd_mean,ekd")
+    for name in names:
+        check_row_words("--methods", name, ())
     unlabelled = compose(overrides=common).data.unlabelled is not None
     usual = CONTROLS_WITHOUT_LABELS if unlabelled else CONTROLS
     extra = [name for name in usual if controls and name not in names]

@@ -207,8 +207,8 @@ def check_row_words(where: object, name: str, words: Sequence[str]) -> tuple[str
     Raises:
         UserError: For an impossible name, or at the first override that sets anything else.
     """
-    if not re.fullmatch(r"\w[\w.+@-]*", name):
-        raise UserError(f"{where}: row {name!r}: folders are named after it; use letters, digits and . + @ _ - only")
+    if not re.fullmatch(r"\w[\w.:+@-]*", name):
+        raise UserError(f"{where}: row {name!r}: folders are named after it; use letters, digits and . : + @ _ - only")
     for word in (checked := tuple(check_words(words, where))):
         if not is_under(key_of(word), ("method", "student", "recipe")):
             raise UserError(f"{where}: {word}: the row {name} may set only its method, student and recipe")
