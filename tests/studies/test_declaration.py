@@ -321,15 +321,17 @@ def test_a_changed_declaration_needs_a_folder_of_its_own(tmp_path: Path, change:
 
 @pytest.mark.usefixtures("quick_planning")
 def test_a_part_takes_more_seeds_for_all_rows_or_for_those_named(tmp_path: Path) -> None:
-    assert planned(tmp_path, decide={"seeds": [0], "rows": {"ce": {}, "kd_mean": {}}})[0] == 0
+    rows = {"mine": {"method": "ce", "with": ["recipe.lr=0.01"]}, "kd_mean": {}}
+    assert planned(tmp_path, decide={"seeds": [0], "rows": rows})[0] == 0
     part = ("--output", tmp_path / "o/a", "--print-jobs")
     code, out, err = call(*part, "--seeds", "2")
     assert (code, len(out.splitlines())) == (0, 4), err
-    code, out, err = call(*part, "--seeds", "3", "--methods", "ce", "--no-controls")
-    assert (code, len(out.splitlines())) == (0, 5), err
+    code, out, err = call(*part, "--seeds", "3", "--methods", "mine,sp")
+    assert (code, len(out.splitlines())) == (0, 6), err
     study = read_study(tmp_path / "o/a")
     assert study is not None
-    assert [row.seeds for row in study.rows] == [(0, 2, 3), (0, 2)]
+    found = {row.name: (row.seeds, row.decides) for row in study.rows}
+    assert found == {"mine": ((0, 2, 3), True), "kd_mean": ((0, 2), True), "sp": ((3,), False)}
     assert study.declaration == "own"
 
 

@@ -67,7 +67,7 @@ def build_study(
         fractions: Shares of the training images; empty for those of `old`, else that of the settings.
         seeds: Empty for those of `old`, else 0, 1, 2.
         match: Costs at which plain students are added, e.g. `macs,parameters`, or `none`.
-        controls: Whether the usual controls are added.
+        controls: Whether the usual controls are added; to a part of a declared study none are.
         tuned: Folder of settings from ekd-tune.
 
     Raises:
@@ -83,17 +83,22 @@ def build_study(
     to_settings(cfg).check()
     import_user_modules(list(cfg.imports))
     usual = cfg.data.fraction if cfg.data.fraction is not None else 1.0
+    declared = {row.name for row in old.rows} if old and old.declaration else set()
     own = {row.name for row in old.rows if row.seeds is not None} if old and seeds else set()
     more = tuple(seeds)
     fractions = tuple(fractions) or (old.fractions if old else (usual,))
     seeds = tuple(seeds) or (old.seeds if old else (0, 1, 2))
     rows = [row for row in old.rows if row.name in own] if old else []
     if methods is not None:
+        controls &= not declared
         matches = parse_names("--match", match or ("macs,parameters" if controls else "none"), (*MATCHES, "none"))
         rows = plan_rows(methods, [by for by in matches if by != "none"], controls, common, old, composer)
+    kept, rows = [row for row in rows if row.name in declared], [row for row in rows if row.name not in declared]
     if tuned is not None:
         rows = with_tuned(rows, tuned, cfg.data.name, fractions)
-    rows = [replace(row, seeds=more) if row.name in own else row for row in rows]
+    if declared:  # rows that its declaration lacks do not decide
+        rows = [replace(row, seeds=seeds, decides=False) for row in rows]
+    rows = [replace(row, seeds=more) if row.name in own else row for row in (*kept, *rows)]
     data = old.data if old else cfg.data.name
     study = Study(tuple(rows), fractions, seeds, common, data, str(Path.cwd()))
     return study if old is None else union(old, study)

@@ -48,7 +48,7 @@ def plan_rows(
         matches: Those of `MATCHES` by which plain students of equal cost are added.
         controls: Whether `CONTROLS`, or `CONTROLS_WITHOUT_LABELS`, are added.
         common: Overrides of all rows.
-        old: The study so far, whose students of equal cost are kept; None if it is new.
+        old: The study so far, whose declared rows and students of equal cost are kept; None if it is new.
         compose: Composes overrides, inside an initialised Hydra.
 
     Raises:
@@ -64,8 +64,9 @@ def plan_rows(
     extra = [name for name in usual if controls and name not in names]
     if extra:
         log.info("added as controls: %s (--no-controls leaves them out)", ", ".join(extra))
-    rows = [make_row(name, compose, common) for name in [*names, *extra]]
-    recorded = {row.name for row in old.rows} if old else set()
+    recorded = {row.name: row for row in old.rows} if old else {}
+    declared = recorded if old and old.declaration else {}
+    rows = [declared.get(name) or make_row(name, compose, common) for name in [*names, *extra]]
     for by in matches:
         matched = {f"{method}_{by}": method for method in MATCHED}
         new = {name: method for name, method in matched.items() if name not in recorded}
