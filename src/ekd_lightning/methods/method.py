@@ -276,8 +276,8 @@ class Method(nn.Module):
         given = (len(student.branch_logits), len(teachers.logits))
         if built != given:
             raise ValueError(f"method {self.name!r} was built for (K, M) = {built}, the outputs have (K, M) = {given}")
-        matrix = self.assignment.matrix(step, progress) if assignment_KM is None else assignment_KM
-        return matrix.to(student.logits.device)
+        matrix = self.assignment_at(step, progress) if assignment_KM is None else assignment_KM
+        return (self.assignment.mean_KM if matrix is None else matrix).to(student.logits.device)
 
 
 def _stages(terms: Mapping[str, Term], which: str) -> tuple[str, ...]:
