@@ -375,6 +375,20 @@ def test_the_branching_that_makes_a_method_stays_its_own(tmp_path, words):
     assert f"one sets its own branching, so {' '.join(branching)} does not apply to it" in err
 
 
+def test_settings_of_terms_apply_to_the_methods_that_have_them(tmp_path, words):
+    """Or a control would get the term, and be no control."""
+    weight, temperature = "method.terms.kd_branch.weight=0.3", "method.temperature=2"
+    rows = ("--methods", "ekd,kd_mean,ce", "--no-controls", "--match", "macs", "--seeds", "0")
+    _, out, err = call(*rows, "--output", tmp_path / "c", "--print-jobs", *words, weight, temperature)
+    assert [weight in line for line in out.splitlines()] == ["method=ekd " in line for line in out.splitlines()]
+    assert all(temperature in line for line in out.splitlines())
+    assert len(out.splitlines()) == 5
+    for name in ("ce", "kd_mean", "kd_mean_feature"):
+        assert f"{name} has no such term, so {weight} does not apply to it" in err
+    code, again, err = call("--output", tmp_path / "c", "--print-jobs")
+    assert (code, again) == (0, out), err
+
+
 def test_tuned_overrides_are_appended_and_missing_ones_told(tmp_path, words):
     folder = tmp_path / "tuned"
     folder.mkdir()

@@ -32,7 +32,7 @@ def test_a_report_is_written_over_an_earlier_one(here):
 
 
 def test_a_study_of_other_settings_gets_a_folder_of_its_own(here):
-    words = ["method=ce", "data.fraction=0.1", "seed=3", "+student.options={width: 0.5}", "tags=['a b']"]
+    words = ["method=ce", "method.terms.a.weight=2", "seed=3", "+student.options={width: 0.5}", "tags=['a b']"]
 
     def printed() -> list[str]:
         (command,) = compare_command("ce,ekd", "compare/c10", words, "--fractions", "0.1")

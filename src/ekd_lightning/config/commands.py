@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from ekd_lightning.config.overrides import key_of, override, read_path, shell_word
+from ekd_lightning.config.overrides import is_under, key_of, override, read_path, shell_word
 from ekd_lightning.errors import STARTED_IN, UserError
 from ekd_lightning.runs.words import names_code
 
@@ -64,7 +64,8 @@ def compare_command(methods: str, folder: Path | str, words: Iterable[str], *opt
     Args:
         methods: Value of `--methods`.
         folder: Folder of the study; it gets a number if it exists.
-        words: Overrides of the run; keys that a study varies are left out.
+        words: Overrides of the run; keys that a study varies are left out, and settings of the run's own method, which
+            would not be those of the other rows.
         options: Further options.
 
     Returns:
@@ -74,7 +75,7 @@ def compare_command(methods: str, folder: Path | str, words: Iterable[str], *opt
     if any(key_of(word) == "data.per_class" for word in words):
         return []
     varied = ("method", "seed", "data.fraction", "resume", "overwrite")
-    kept = [shell_word(word) for word in words if key_of(word) not in varied]
+    kept = [shell_word(word) for word in words if not is_under(key_of(word), varied)]
     return [
         " ".join(["ekd-compare", "--methods", shell_word(methods), "--output", typed(unused(folder)), *options, *kept])
     ]

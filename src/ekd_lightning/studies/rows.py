@@ -78,7 +78,7 @@ def plan_rows(
                 log.warning("%s: left out, because the match is the student's own network unchanged", ", ".join(new))
                 continue
             network = match_overrides(match)
-            rows += [matched_row(name, make_row(method, compose), by, network) for name, method in new.items()]
+            rows += [matched_row(name, make_row(method, compose, common), by, network) for name, method in new.items()]
     return rows
 
 
@@ -86,12 +86,13 @@ def make_row(name: str, compose: Composer, common: Sequence[str] = ()) -> RowPla
     """Makes a row of `method` or `method@network`.
 
     Branching that a method's file sets belongs to the method (one branch, ONE's gate, the split of a Hydra): common
-    overrides of it do not apply to the row. Options of the common network do not apply to a row with another network.
+    overrides of it do not apply to the row. Neither do settings of terms that the method does not have, which would
+    make it another method, and options of the common network in a row with another one.
 
     Args:
         name: The row, `method` or `method@network`.
         compose: Composes overrides, inside an initialised Hydra.
-        common: Overrides of all rows; the log names those that do not apply to a branched method.
+        common: Overrides of all rows; the log names those of branching and terms that do not apply.
 
     Raises:
         UserError: For an unknown method or network, with the nearest match.
@@ -106,10 +107,16 @@ def make_row(name: str, compose: Composer, common: Sequence[str] = ()) -> RowPla
         require_network(network)
     set_by = internals.keys_set_by(f"method/{method}", "student")
     own = tuple(key for key in _BRANCHING if key in set_by)
-    if compose(overrides=[f"method={method}"]).student.branches == 1:
+    plain = compose(overrides=[f"method={method}"])
+    if plain.student.branches == 1:
         own = _BRANCHING
     elif kept := [word for word in common if is_under(key_of(word), own)]:
         log.info("%s sets its own branching, so %s does not apply to it", name, " ".join(kept))
+    of_terms = {word: key_of(word).split(".") for word in common if is_under(key_of(word), ("method.terms",))}
+    lacking = [word for word, key in of_terms.items() if len(key) > 3 and key[2] not in plain.method.terms]
+    if lacking:
+        log.info("%s has no such term, so %s does not apply to it", name, " ".join(lacking))
+    own += tuple(dict.fromkeys(key_of(word) for word in lacking))
     if not at:
         return RowPlan(name, (f"method={method}",), own)
     return RowPlan(
