@@ -522,7 +522,7 @@ class Settings:
     resume: Optional[str] = field(default=None, metadata=FREE)
     """Directory of a stopped run that is continued in place."""
     overwrite: bool = field(default=False, metadata=FREE)
-    """Whether the run may replace a finished run in its directory; it does so after all its checks have passed."""
+    """Whether the run may replace an earlier run in its directory; it does so after all its checks have passed."""
 
     def check(self) -> None:
         """Refuses settings that are impossible for any data set.

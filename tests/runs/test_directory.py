@@ -298,6 +298,41 @@ def test_only_what_can_be_read_or_is_of_another_version_keeps_new_runs_out(tmp_p
         (tmp_path / "result.json").write_text(text)
     if taken:
         with pytest.raises(UserError, match=r"holds a finished run.*overwrite=true"):
-            RunWriter(tmp_path).refuse_finished()
+            RunWriter(tmp_path).refuse_used(overwrite=False)
+        RunWriter(tmp_path).refuse_used(overwrite=True)
     else:
-        RunWriter(tmp_path).refuse_finished()
+        RunWriter(tmp_path).refuse_used(overwrite=False)
+
+
+@pytest.mark.parametrize("state", [RunWriter.stop, lambda own: own.fail("no"), lambda own: None])
+def test_a_run_that_can_be_resumed_is_replaced_only_on_request(tmp_path, state):
+    own = RunWriter(tmp_path)
+    own.start(resumed=False)
+    own.write_yaml(".hydra/overrides.yaml", "[]")
+    state(own)
+    own.refuse_used(overwrite=False)  # without a checkpoint nothing is lost
+    own.last_checkpoint.parent.mkdir()
+    own.last_checkpoint.touch()
+    with pytest.raises(UserError, match=rf"unfinished run with checkpoints; resume={tmp_path} .*overwrite=true"):
+        own.refuse_used(overwrite=False)
+    own.refuse_used(overwrite=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.csv", "student.safetensors", "arrays.npz", "checkpoints/last.ckpt", "config.yaml"]
+)
+def test_a_file_that_no_run_wrote_is_never_replaced(tmp_path, name):
+    own = RunWriter(tmp_path)
+    for path in (tmp_path / "tensorboard/events", tmp_path / "export/student.onnx", tmp_path / "train.log"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    before = sorted(tmp_path.rglob("*"))
+    own.refuse_used(overwrite=False)
+    own.start(resumed=False)
+    assert set(before) <= set(tmp_path.rglob("*"))
+    (tmp_path / "provenance.json").unlink()
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=f"{name}: exists, and no run wrote it"):
+            own.refuse_used(overwrite=overwrite)

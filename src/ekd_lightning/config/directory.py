@@ -110,15 +110,15 @@ def claim_output(config: DictConfig, kind: str, claim: Callable[[Path], object] 
 
 
 def refuse_taken(directory: Path, config: DictConfig) -> None:
-    """Refuses a directory that is in use or holds a finished run, before any other check.
+    """Refuses a directory that is in use, or holds a run or files that a new run would replace, before any other check.
 
     Raises:
-        UserError: Naming the process that uses it, or the setting with which a finished run is replaced.
+        UserError: Naming the process that uses it, or the setting with which an earlier run is replaced.
     """
     if (other := holder(directory)) is not None:
         raise LockedError(f"{directory}: in use by {other}")
-    if config.get("resume") is None and not config.get("overwrite"):
-        RunDirectory(directory).refuse_finished()
+    if config.get("resume") is None:
+        RunDirectory(directory).refuse_used(overwrite=bool(config.get("overwrite")))
 
 
 def new_directory(wanted: Path, *, numbered: bool) -> Path:

@@ -77,7 +77,7 @@ def run(
         The content of result.json; on other ranks, without the evaluation.
 
     Raises:
-        UserError: If settings do not fit, or the directory is in use or holds a finished run, before anything is
+        UserError: If settings do not fit, or the directory is in use or holds an earlier run, before anything is
             written; or if a loss is not finite.
     """
     record = RunWriter(directory) if is_rank_zero() else None
@@ -132,8 +132,8 @@ def _run(
 ) -> Result:
     if record and settings.resume is not None:
         record.refuse_complete(settings.recipe.epochs)  # another process may have completed it meanwhile
-    elif record and not settings.overwrite:
-        record.refuse_finished()
+    elif record:
+        record.refuse_used(overwrite=settings.overwrite)
     with progress.phase("data"):
         prepared, trainer, report, threads = check_run(settings, directory, sweep, callbacks)
         checkpoint, step = _resume_point(settings, directory)

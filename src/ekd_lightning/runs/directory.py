@@ -349,21 +349,35 @@ class RunDirectory:
             )
         return content
 
-    def refuse_finished(self) -> None:
-        """Refuses to start a run in the directory of a finished one, which only the user may replace.
+    def refuse_used(self, *, overwrite: bool) -> None:
+        """Refuses to start a new run where it would destroy an earlier one, or files that no run wrote.
+
+        Args:
+            overwrite: Whether an earlier run may be replaced; other files never are.
 
         Raises:
-            UserError: If there is a result, also one of another version; a damaged one does not count.
+            UserError: If there is a result, also one of another version (a damaged one does not count), a run that can
+                be resumed, or a file of no run with the name of one that the new run writes.
         """
+        if not self.was_started():
+            names = [CURVES, ARRAYS, STUDENT, f"{CHECKPOINTS}/{LAST}", f"{CHECKPOINTS}/{BEST}"]
+            if not (self.path / HYDRA).is_dir():
+                names.append(CONFIG)  # a refused job writes it, too
+            for path in filter(None, map(self.file, names)):
+                raise UserError(f"{path}: exists, and no run wrote it; give another hydra.run.dir, or move the file")
+        if overwrite:
+            return
         try:
             self.read_result()
         except (FileNotFoundError, DamagedFileError):
-            return
+            if not self.can_resume():
+                return
+            holds = f"an unfinished run with checkpoints; resume={self.path} continues it"
         except ForeignRecordError:
-            pass
-        raise UserError(
-            f"{self.path}: holds a finished run; give another hydra.run.dir, or overwrite=true to replace it"
-        )
+            holds = "a finished run"
+        else:
+            holds = "a finished run"
+        raise UserError(f"{self.path}: holds {holds}; give another hydra.run.dir, or overwrite=true to replace it")
 
     def refuse_complete(self, epochs: int) -> None:
         """Refuses to continue a run that completed all epochs of its recipe.
@@ -379,6 +393,10 @@ class RunDirectory:
         result = self.recorded().result
         if result is not None and (result.epochs_done or 0) >= epochs:
             raise UserError(f"resume={self.path}: the run is done, there is nothing to continue")
+
+    def was_started(self) -> bool:
+        """Whether a run has started here, so that files with the names of a run's files are its own."""
+        return any(self.file(name) for name in (PROVENANCE, RESULT))
 
     def holds_run(self) -> bool:
         """Whether a run has left its configuration, its state or a checkpoint here."""

@@ -60,27 +60,27 @@ class RunWriter(RunDirectory):
     """A run's directory for the process that writes it; in a distributed job, only global rank 0."""
 
     def start(self, *, resumed: bool) -> None:
-        """Marks the run as running and removes an earlier result; a new run also removes the files of an old one.
+        """Marks the run as running and removes an earlier result; a new run also removes the files of an earlier run.
 
         A resumed run keeps its first provenance and appends this start to it. Nothing is removed before the provenance
         is written: a full disk costs no result.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         remove_parts(self.path)
-        facts = provenance()
+        facts, replaces = provenance(), self.was_started() and not resumed
         first = self.provenance() if resumed else {}
         if first:
             facts = {**first, "resumed": [*(first.get("resumed") or []), facts]}
         # Until the status is written, the files here still belong to the run that is replaced.
         replaced = {"replaced": self.identity} if "run" not in facts and self.holds_run() else {}
         write_json(self.path / PROVENANCE, {"run": uuid.uuid4().hex, **replaced, **facts})
-        if not resumed:
+        if replaces:
             for checkpoint in (self.last_checkpoint, self.best_checkpoint):
                 checkpoint.unlink(missing_ok=True)
         self._write_status("running")
         for name in (RESULT, ARRAYS):
             (self.path / name).unlink(missing_ok=True)
-        if resumed:
+        if not replaces:
             return
         for path in [path for pattern in _REPLACED for path in self.path.glob(pattern)]:
             if path.is_dir() and not path.is_symlink():

@@ -81,8 +81,8 @@ class SweepSummary(Callback):
             with session("plan", keep=False), phase("plan"), part("checking the first job"):
                 refuse_shared_mistake(config, sweep.jobs)
             for job in sweep.jobs:
-                if "overwrite=true" not in job.overrides and not config.get("overwrite"):
-                    RunDirectory(job.directory).refuse_finished()
+                overwrite = "overwrite=true" in job.overrides or bool(config.get("overwrite"))
+                RunDirectory(job.directory).refuse_used(overwrite=overwrite)
             write_sweep(sweep)
             stack.enter_context(watched(sweep))
         stack.enter_context(shared_gpus(config))
