@@ -85,7 +85,11 @@ def test_mistakes_are_those_of_the_command(here):
         ({"teachers": ["cifar10_resnet99"]}, "unknown teacher 'cifar10_resnet99'"),
         ({"data": Path("nowhere")}, "data=nowhere: no such folder"),
         ({"data": "digit"}, "digit"),
-        ({"method": "ekdd"}, "ekdd"),
+        ({"method": "ekdd"}, "unknown method 'ekdd'; did you mean 'ekd'"),
+        ({"student": torch.nn.Linear(3, 2)}, "student: must be the name .* not a Linear; .*register_network"),
+        ({"teachers": [torch.nn.Linear(3, 2)]}, "teachers: must be names or mappings .* not a Linear; .*module"),
+        ({"teachers": "digits"}, "teachers='digits': must be a list"),
+        ({"overrides": "data.fraction=0.1"}, "overrides='data.fraction=0.1': must be a list"),
         ({"epochs": "three"}, "recipe.epochs"),
         ({"overrides": ["resume=here"]}, "ekd-train resume=DIR"),
     ):

@@ -98,6 +98,7 @@ def distill(
     Raises:
         UserError: For an invalid setting, before anything is written; or for a loss that is not finite.
     """
+    _check_arguments(teachers, student, overrides)
     given = {
         "student.network": student,
         "student.branches": branches,
@@ -156,6 +157,18 @@ def method(
     return build_method(
         settings.name, settings.terms, context, temperature=settings.temperature, assignment=settings.assignment
     )
+
+
+def _check_arguments(teachers: Any, student: Any, overrides: Any) -> None:
+    own = "; for a network of your own see register_network, or {module: PACKAGE.FUNCTION} for a teacher"
+    if not isinstance(student, (str, type(None))):
+        raise UserError(f"student: must be the name of a network, not a {type(student).__name__}{own}")
+    for name, value in (("teachers", teachers), ("overrides", overrides)):
+        if isinstance(value, str) or not isinstance(value, (Sequence, type(None))):
+            raise UserError(f"{name}={value!r}: must be a list")
+    for one in teachers or ():
+        if not isinstance(one, (str, Mapping)):
+            raise UserError(f"teachers: must be names or mappings as in teachers.pool, not a {type(one).__name__}{own}")
 
 
 def _compose(*words: str) -> Settings:

@@ -137,6 +137,7 @@ def test_another_configuration_or_budget_is_not_mixed_in(tune, caplog):
         (["method=kd_maen"], "did you mean 'kd_mean'"),
         (["recipe.lrr=1"], "did you mean 'recipe.lr'"),
         (["--print", "nothing.yaml"], "nothing.yaml: not a result of ekd-tune"),
+        (["--print", "."], "is a folder; name a method's file in it"),
     ],
 )
 def test_mistakes_are_one_line_before_anything_starts(tune, tmp_path, words, message):

@@ -131,6 +131,16 @@ def test_a_folder_of_the_same_name_hides_no_repository(export, cache, monkeypatc
     assert torch.equal(ekd_lightning.load("me/small")(IMAGES), expected)
 
 
+def test_a_folder_answers_for_the_one_student_in_it(export, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    shutil.copy(export / "student.safetensors", "a/b/one.safetensors")
+    assert hub.find_student("a/b") == Path("a/b/one.safetensors")
+    shutil.copy(export / "student.safetensors", "a/b/two.safetensors")
+    with pytest.raises(UserError, match=r"several students; name one: a/b/one.safetensors, a/b/two.safetensors"):
+        hub.find_student("a/b")
+
+
 def test_students_of_the_package_go_by_name_and_files_before_them(export, monkeypatch):
     own = export / "students"
     own.mkdir()

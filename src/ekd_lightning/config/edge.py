@@ -271,8 +271,6 @@ def one_line(program: str) -> Iterator[None]:
         if is_rank_zero():
             print(f"{program}: interrupted" + (f": {what}" if what else ""), file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
-    except MissingConfigException as error:
-        _exit(program, _missing_config(error))
     except (HydraException, OmegaConfBaseException) as error:
         _exit(program, config_error(error))
     except Exception as error:
@@ -327,6 +325,8 @@ def _missing_config(error: MissingConfigException) -> str:
 
 def config_error(error: Exception) -> str:
     """The line of Hydra's or OmegaConf's message that names the mistake, with its key."""
+    if isinstance(error, MissingConfigException):
+        return _missing_config(error)
     cause = error.__cause__ if isinstance(error, ConfigCompositionException) and error.__cause__ else error
     if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and isinstance(cause.parent_node, DictConfig):
         parent, dot, _ = str(cause.full_key or "").rpartition(".")

@@ -21,14 +21,17 @@ def find_student(name: str | Path, revision: str | None = None) -> Path:
     """Finds the file that `ekd_lightning.load` reads.
 
     Args:
-        name: A file, the name of a student of the package, or USER/REPO on the Hugging Face hub. Names of existing
-            files and names with the suffix of an exported student are files.
+        name: A file, a folder with one student, the name of a student of the package, or USER/REPO on the Hugging Face
+            hub. Names of existing files, of folders with a student, and names with the suffix of an exported
+            student are local.
         revision: Branch, tag or commit of the repository; None for its main branch.
 
     Raises:
         UserError: For any other name, if the hub cannot be reached, or for a `revision` without a repository.
     """
     own = {path.stem: path for path in STUDENTS.glob("*.safetensors")}
+    if str(name) not in own and Path(name).is_dir():
+        name = _only_student(Path(name)) or name
     is_file = isinstance(name, Path) or Path(name).suffix in SUFFIXES.values() or Path(name).is_file()
     if isinstance(name, str) and not is_file and name not in own:
         if _REPOSITORY.fullmatch(name):
@@ -38,6 +41,13 @@ def find_student(name: str | Path, revision: str | None = None) -> Path:
     if revision is not None:
         raise UserError(f"revision={revision!r}: {name} is not a repository on the hub; leave out revision")
     return Path(name) if is_file else own.get(str(name), Path(name))
+
+
+def _only_student(folder: Path) -> Path | None:
+    held = sorted(path for suffix in SUFFIXES.values() for path in folder.glob(f"*{suffix}"))
+    if len(held) > 1:
+        raise UserError(f"{folder}: a folder of several students; name one: {', '.join(map(str, held))}")
+    return held[0] if held else None
 
 
 def fetch(repository: str, file: str, revision: str | None = None) -> Path:

@@ -171,6 +171,8 @@ def read_tuned(path: Path) -> dict[str, Any]:
     Raises:
         UserError: If the file is missing or of another form.
     """
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; name a method's file in it, e.g. {path / 'ekd.yaml'}")
     try:
         content = read_yaml(path)
     except FileNotFoundError as error:
