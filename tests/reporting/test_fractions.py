@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-from pathlib import Path
 
 import pytest
 from made_runs import result, write_run
@@ -19,8 +17,6 @@ from ekd_lightning.reporting import figures, report_files
 from ekd_lightning.reporting.page import payload
 from ekd_lightning.reporting.report import make_report, summary
 from ekd_lightning.runs.collection import collect
-
-OLD = Path(__file__).parents[1] / "fixtures" / "runs_0_1"
 
 
 def test_a_subset_knows_the_share_that_was_asked_for():
@@ -60,10 +56,3 @@ def test_a_rounded_share_on_record_is_recognised_everywhere(rounded):
         (drawn,) = figures.by_fraction(rounded, fs.LineStyles([]))
     ticks = [label.get_text() for label in drawn.figure.axes[0].get_xticklabels()]
     assert sorted(ticks) == ["10\n(144)", "30\n(433)"]
-
-
-def test_runs_of_version_0_1_have_the_asked_share():
-    recorded = json.loads((OLD / "done" / "result.json").read_text())["fraction"]
-    assert recorded != 0.1
-    (run,) = collect([OLD / "done"]).runs
-    assert (run.get("fraction"), run.result["fraction"]) == (0.1, 0.1)

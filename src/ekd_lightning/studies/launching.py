@@ -109,7 +109,7 @@ def launch(
     config = compose(sweep.config_name, overrides=[*sweep.common, *hydra_words, *own], return_hydra_config=True)
     try:
         with shared_gpus(config), watched(sweep), working_in(sweep.working_directory):
-            internals.launch(config, [[*job.overrides, *_placed(job, sweep.folder)] for job in jobs], task)
+            internals.launch(config, [_words(job, sweep.folder) for job in jobs], task)
     except (KeyboardInterrupt, SystemExit) as stop:
         if not is_interrupt(stop):
             raise
@@ -149,11 +149,9 @@ def working_in(directory: str) -> Iterator[None]:
             os.environ[_SAFE_PATH] = safe
 
 
-def _placed(job: Job, folder: Path) -> list[str]:
-    words = [override("hydra.sweep.subdir", job.directory.relative_to(folder).as_posix())]
-    if job.resumed:
-        words.append(override("resume", str(job.directory)))
-    return words
+def _words(job: Job, folder: Path) -> list[str]:
+    place = override("hydra.sweep.subdir", job.directory.relative_to(folder).as_posix())
+    return [*job.overrides, place, *([override("resume", str(job.directory))] if job.resumed else [])]
 
 
 def is_queued(config: DictConfig) -> bool:

@@ -140,11 +140,9 @@ def parse_numbers(option: str, text: str) -> tuple[Any, ...]:
 
 def write_study(study: Study, folder: Path) -> None:
     """Writes study.json."""
-    rows = {row.name: _row_record(row) for row in study.rows}
-    content = {"rows": rows, "fractions": list(study.fractions), "seeds": list(study.seeds)}
-    content |= {"common": list(study.common), "data": study.data}
-    content |= {"declaration": study.declaration} if study.declaration else {}
-    write_json(folder / STUDY_FILE, {**content, "working_directory": study.working_directory, "format": FORMAT})
+    content = {name: value for name, value in vars(study).items() if value or name != "declaration"}
+    content |= {"rows": {row.name: _row_record(row) for row in study.rows}, "format": FORMAT}
+    write_json(folder / STUDY_FILE, content)
 
 
 def _row_record(row: RowPlan) -> dict[str, Any]:
