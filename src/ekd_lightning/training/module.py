@@ -98,6 +98,7 @@ class TrainingModule(pl.LightningModule):
         self._step_log = StepLog(self._log_names)
         self._epoch_means: dict[str, Tensor] = {}
         self._epoch_lr = recipe.lr
+        self._validated: tuple[int, int] | None = None
 
     def losses(self, batch: Batch, values: StepValues | None = None) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Returns the total loss, the detached terms by name, and the logits [B, C] of a training batch.
@@ -130,21 +131,34 @@ class TrainingModule(pl.LightningModule):
         return [*self.student.parameters(), *self.method.parameters()]
 
     def progress(self, ahead: int = 0) -> float:
-        """Returns the share of the training, in [0, 1], that will be done `ahead` batches from now."""
-        batches = self.recipe.epochs * max(1, int(self.trainer.num_training_batches))
-        steps = self.global_step + ahead // self.trainer.accumulate_grad_batches
-        return min(1.0, steps * self.trainer.accumulate_grad_batches / batches)
+        """Returns the share of the training's steps, in [0, 1], that will be done `ahead` batches from now.
+
+        With `ahead`, now is the start of an epoch.
+        """
+        steps = self._steps_per_epoch()
+        epochs, batches = divmod(ahead, max(1, int(self.trainer.num_training_batches)))
+        done = self.global_step + epochs * steps + batches // self.trainer.accumulate_grad_batches
+        return min(1.0, done / (self.recipe.epochs * steps))
+
+    def _steps_per_epoch(self) -> int:
+        """Returns the optimiser's steps in an epoch, whose last one may accumulate fewer batches."""
+        if self.trainer.num_training_batches == math.inf:
+            raise UserError("a training loader of unknown length needs pl.Trainer(limit_train_batches=N)")
+        return max(1, math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches))
 
     # -- optimisation -----------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Builds the recipe's optimiser, with a schedule that advances every optimiser step."""
+        """Builds the recipe's optimiser, with a schedule that advances every optimiser step.
+
+        Raises:
+            UserError: If the training loader's length is unknown.
+        """
         parameters = [parameter for parameter in self.trained_parameters() if parameter.requires_grad]
         self.trainer.fit_loop.setup_data()
-        batches = float(self.trainer.num_training_batches) / self.trainer.accumulate_grad_batches
         # Lightning refuses to clip the gradients of a fused optimiser under automatic mixed precision.
         fused = self.device.type in ("cpu", "cuda") and not self.trainer.gradient_clip_val
-        steps = max(1, math.ceil(batches))
+        steps = self._steps_per_epoch()
         optimizer, schedule = make_optimizer(parameters, self.recipe, steps, fused=fused, key=self.recipe_key)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -258,9 +272,9 @@ class TrainingModule(pl.LightningModule):
             self.ema.update(self.student, self.global_step)
 
     def on_train_epoch_start(self) -> None:
-        """Resets the epoch's log and prepares its steps; the last epoch always ends with a validation."""
-        if self.trainer.check_val_every_n_epoch and self.current_epoch + 1 == self.trainer.max_epochs:
-            self.trainer.check_val_every_n_epoch = 1  # or the recorded scores would be of an earlier epoch
+        """Resets the epoch's log and prepares its steps; the recipe's last epoch always ends with a validation."""
+        if self.trainer.check_val_every_n_epoch and self.current_epoch + 1 == self.recipe.epochs:
+            self.trainer.check_val_every_n_epoch = 1  # or the last weights could not be the best
         self._epoch_lr = float(self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
         loader, data = self.trainer.train_dataloader, getattr(self.trainer, "datamodule", None)
         self._step_log.clear()
@@ -376,6 +390,16 @@ class TrainingModule(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Logs the validation scores."""
         self._log_scores("val", self.val_scores)
+        self._validated = None if self.trainer.sanity_checking else self._versions()
+
+    @property
+    def is_validated(self) -> bool:
+        """Whether the last validation, but for a sanity check, was of the present weights."""
+        return self._validated == self._versions()
+
+    def _versions(self) -> tuple[int, int]:
+        """Returns numbers of which one changes with every batch and whatever else changes the student's weights."""
+        return self.trainer.fit_loop.total_batch_idx, sum(p._version for p in self.student.parameters())
 
     def on_test_epoch_end(self) -> None:
         """Logs the test scores."""

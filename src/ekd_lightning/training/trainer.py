@@ -153,6 +153,8 @@ class EpochReport(Callback):
         task: Progress of the training, for the display.
         train_seconds: Seconds of all epochs so far, without validation.
         images_seen: Images of all epochs so far.
+        extra_epochs: Epochs without training, in which `StochasticWeightAveraging` gathers batch-norm statistics;
+            nothing else counts them.
     """
 
     def __init__(self, images_per_step: int, name: str = "") -> None:
@@ -162,6 +164,7 @@ class EpochReport(Callback):
         self._epoch_images = 0
         self.train_seconds = 0.0
         self.images_seen = 0
+        self.extra_epochs = 0
         self._since = 0.0
         self._epoch_seconds = 0.0
 
@@ -186,7 +189,6 @@ class EpochReport(Callback):
         """Starts the clock."""
         self.task.note = self._epoch(trainer)
         self._epoch_seconds = 0.0
-        self._epoch_images = self._images_per_step * int(trainer.num_training_batches)
         self._since = time.perf_counter()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -199,7 +201,11 @@ class EpochReport(Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Adds the epoch and logs its line."""
+        if trainer.fit_loop._skip_backward:
+            self.extra_epochs += 1
+            return
         self._stop(pl_module)
+        self._epoch_images = self._images_per_step * trainer.fit_loop.epoch_loop.batch_progress.current.completed
         self.train_seconds += self._epoch_seconds
         self.images_seen += self._epoch_images
         means = pl_module.epoch_means() if isinstance(pl_module, TrainingModule) else {}
@@ -229,10 +235,10 @@ def final_scores(trainer: pl.Trainer, module: Distiller, data: ImageDataModule, 
     """Reads the test set, for the first time, and returns scores of best weights, moving average and last weights.
 
     They are logged as `test_best/<score>`, `test_ema/<score>` (with `recipe.ema`) and `test/<score>`. Without `test`,
-    returns only the validation scores of the last epoch.
+    returns only the validation scores of the last weights.
     """
     metrics: dict[str, Any] = dict(trainer.callback_metrics)
-    if data.num_val_images and "val/accuracy" not in metrics:  # resumed after the last epoch, without training
+    if data.num_val_images and not module.is_validated:
         metrics = dict(trainer.validate(module, datamodule=data, verbose=False)[0])
     scores = named_scores("val", metrics)
     if not test:
@@ -289,12 +295,13 @@ def cost(report: EpochReport, trainer: pl.Trainer, module: Distiller) -> dict[st
     """Returns the cost of the training in this process, as fields of the result."""
     seconds = report.train_seconds
     source = module.teacher_source
+    unfinished = not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch  # its epoch is in `current_epoch`, too
     return {
         "train_seconds": seconds,
         "images_per_second": report.images_seen / seconds if seconds > 0 else None,
         "teacher_table_hit_rate": source.hit_rate if source is not None else None,
-        "epochs_done": trainer.current_epoch,
-        "steps": trainer.global_step,
+        "epochs_done": max(0, trainer.current_epoch - report.extra_epochs - unfinished),
+        "steps": trainer.global_step - report.extra_epochs,
         "num_devices": trainer.world_size,
         "precision": str(trainer.precision),
     }
