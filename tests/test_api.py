@@ -155,6 +155,21 @@ def test_any_loader_gives_the_losses_of_the_method():
         torch.testing.assert_close(trainer.callback_metrics[f"train/{name}"], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_trainer_longer_than_the_recipe_and_batches_by_name_are_said():
+    digits = load_dataset("digits", "unused").train
+    images, labels = to_unit(digits.images[:32]), digits.labels[:32]
+    student, teachers, method = networks()
+    module = ekd.Distiller(student, method, ekd.RecipeSettings(epochs=1), teachers=teachers, capture="never")
+    flags = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+    named = [{"image": image, "label": label} for image, label in zip(images, labels, strict=True)]
+    with (
+        pytest.warns(UserWarning, match=r"max_epochs=3 of the Trainer, but the recipe has epochs=1"),
+        pytest.raises(UserError, match=r"must be \(images, labels\) or a Batch, not a dict"),
+    ):
+        pl.Trainer(**flags, **quiet, max_epochs=3).fit(module, DataLoader(named, batch_size=32))
+
+
 def test_predictions_are_the_students():
     student, teachers, method = networks()
     module = ekd.Distiller(student, method, ekd.RecipeSettings(epochs=1), teachers=teachers)

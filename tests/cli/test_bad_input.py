@@ -58,6 +58,7 @@ REFUSED = [
     (["+callbacks.x={_target_: pytorch_lightning.callbacks.Nothing}"], ["callbacks.x", "Nothing"]),
     (["foo"], ["'foo'"]),
     (["--seed=0"], ["--seed=0: not an option of this command", "here seed=0"]),
+    (["--experiment", "quick"], ["--experiment: not an option of this command"]),
     (["--fraction", "0.1"], ["--fraction: not an option of this command", "here data.fraction=0.1"]),
     (["--max-epochs", "3"], ["--max-epochs: not an option of this command", "here trainer.max_epochs=3"]),
     (["--nonsense"], ["--nonsense: not an option of this command", "e.g. seed=0"]),

@@ -140,6 +140,13 @@ def raising_term():
     del TERMS["test_raises"]
 
 
+def test_a_term_that_returns_no_scalar_is_named(raising_term, monkeypatch):
+    monkeypatch.setattr(raising_term, "forward", lambda self, context: torch.ones(4))
+    method = build({"test_raises": {"weight": 1}}, temperature=None, assignment=None)
+    with pytest.raises(UserError, match=r"^method.terms.test_raises: must return a scalar, not values of shape \(4,\)"):
+        method(make_student(), None, make_batch())
+
+
 def test_a_term_of_weight_zero_is_neither_built_nor_evaluated(raising_term):
     terms = {"ce_ensemble": {"weight": 1}, "test_raises": {"weight": 0, "level": 1}}
     method = build(terms, temperature=None, assignment=None)

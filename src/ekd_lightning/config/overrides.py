@@ -94,7 +94,7 @@ def check_typed(words: Sequence[str]) -> None:
         UserError: At the first such word, showing how it is typed.
     """
     for position, word in enumerate(words):
-        if word.startswith("--") and not any(name.startswith(word.split("=")[0]) for name in internals.option_names()):
+        if word.startswith("--") and word.split("=")[0] not in internals.option_names():  # nor an abbreviation
             raise UserError(_no_option(word, next(iter(words[position + 1 :]), "")))
         key, sign, text = word.partition("=")
         if word.startswith("-") or not sign or not text or text[0] in "[{(" or key == "resume":

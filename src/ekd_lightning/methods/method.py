@@ -244,6 +244,9 @@ class Method(nn.Module):
         context = StepContext(student, teachers, batch, matrix_KM, epoch, step, progress, networks, step_t)
         labelled = context if batch.num_labelled is None else context.labelled
         values = {key: term(labelled if term.needs_labels else context) for key, term in active.items()}
+        for key, value in values.items():
+            if value.dim():
+                raise UserError(f"method.terms.{key}: must return a scalar, not values of shape {tuple(value.shape)}")
         factors: Mapping[str, float | Tensor] = self.weights_at(progress) if weights is None else weights
         weighted = [factors[key] * values[key] for key in active]
         if self.changes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
@@ -215,13 +216,19 @@ class Distiller(TrainingModule):
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)
 
     def setup(self, stage: str) -> None:
-        """Refuses to train without the teachers that the method needs.
+        """Refuses to train without the teachers that the method needs; warns of epochs after the end of the recipe.
 
         Raises:
             UserError: If they are missing.
         """
         if stage == "fit" and self.method.needs_teachers and self.teachers is None:
             raise UserError(f"the method {self.method.name!r} needs teachers to train: pass teachers=...")
+        if stage == "fit" and (self.trainer.max_epochs or 0) > self.recipe.epochs:
+            warnings.warn(
+                f"max_epochs={self.trainer.max_epochs} of the Trainer, but the recipe has epochs={self.recipe.epochs}: "
+                "the learning rate stays at its last value after them",
+                stacklevel=2,
+            )
 
     def on_fit_start(self) -> None:
         """Opens the source of teacher outputs in this process."""

@@ -221,7 +221,8 @@ class TrainingModule(pl.LightningModule):
             raise UserError(self._out_of_memory(error)) from error
 
     def _eager_step(self, batch: Batch | IndexBatch) -> Tensor:
-        assert isinstance(batch, Batch)
+        if not isinstance(batch, Batch):
+            raise UserError(f"a training batch must be (images, labels) or a Batch, not a {type(batch).__name__}")
         total, logged = self._loss_and_values(batch)
         self._step_log.append(logged)
         if total.device.type == "cpu" and self.trainer.world_size == 1 and not self._step_log.last_is_finite():
