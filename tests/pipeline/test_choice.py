@@ -8,7 +8,7 @@ import yaml
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.pipeline import teachers
-from ekd_lightning.pipeline.prepare import PLAIN_METHODS, prepare
+from ekd_lightning.pipeline.prepare import PLAIN_METHODS, describe_teacher, prepare
 from ekd_lightning.pipeline.teachers import choose_teacher
 from ekd_lightning.training.pool import gather_teachers
 
@@ -89,6 +89,15 @@ def test_an_unknown_choice_names_the_nearest(tiny_settings):
 def test_a_choice_without_teachers_warns(tiny_settings):
     with pytest.warns(UserWarning, match="no effect"):
         ready(tiny_settings("method=ce", "method.teacher=best"))
+
+
+@pytest.mark.filterwarnings("error:.*teacher=mean")
+def test_the_mean_beside_an_assignment_warns_and_is_not_recorded(tiny_settings):
+    beside, alone = (tiny_settings(f"method={name}", "method.teacher=mean") for name in ("ekd", "kd_mean"))
+    with pytest.warns(UserWarning, match="method.teacher=mean has no effect beside method.assignment=one_to_one"):
+        prepared = ready(beside)
+    assert describe_teacher(beside, prepared)["teacher_choice"] is None
+    assert describe_teacher(alone, ready(alone))["teacher_choice"] == "mean"
 
 
 @pytest.mark.parametrize("method", ["ce", "kd_mean"])

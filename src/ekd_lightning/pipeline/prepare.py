@@ -190,6 +190,10 @@ def _candidates(settings: Settings, plans: list[PlannedTeacher], subset: Subset)
     choice = settings.method.teacher
     if choice is not None and not plans:
         warnings.warn(f"method.teacher={choice} has no effect: the method needs no teachers", stacklevel=3)
+    elif choice is not None and _chosen(settings) is None:
+        warnings.warn(
+            f"method.teacher=mean has no effect beside method.assignment={settings.method.assignment}", stacklevel=3
+        )
     if choice == "first":
         del plans[1:]
     if choice != "best" or len(plans) < 2:
@@ -203,6 +207,12 @@ def _candidates(settings: Settings, plans: list[PlannedTeacher], subset: Subset)
                 "method.teacher=first"
             )
     return tuple(plans)
+
+
+def _chosen(settings: Settings) -> str | None:
+    """Returns `method.teacher`; None where an assignment stands in place of the mean."""
+    method = settings.method
+    return None if method.teacher == "mean" and method.assignment is not None else method.teacher
 
 
 def prepare_data(settings: Settings) -> tuple[Dataset, Subset, ViewFamily]:
@@ -302,7 +312,7 @@ def _build_method(
     settings: Settings, dataset: Dataset, subset: Subset, student: BranchedStudent, plans: list[PlannedTeacher]
 ) -> Method:
     terms, assignment = settings.method.terms, settings.method.assignment
-    if settings.method.teacher == "mean" and assignment is None and uses_assignment(terms):
+    if _chosen(settings) == "mean" and uses_assignment(terms):
         assignment = "mean"
     networks = [build_network(plan.spec) for plan in plans]  # for their shapes; the weights come later
     # Adapters depend on the seed alone: not on the student, nor on how many teachers were candidates.
@@ -370,7 +380,7 @@ def describe_teacher(settings: Settings, prepared: Prepared) -> dict[str, Any]:
     pool = prepared.chain.origins if prepared.chain else prepared.teachers
     one = settings.method.teacher in ("best", "first") and len(pool) == 1
     return {
-        "teacher_choice": settings.method.teacher if prepared.teachers else None,
+        "teacher_choice": _chosen(settings) if prepared.teachers else None,
         "teacher": pool[0].id if one else None,
         "pool_teachers": [plan.id for plan in pool],
         "teacher_candidates": prepared.candidate_scores,
