@@ -335,6 +335,17 @@ def test_a_part_takes_more_seeds_for_all_rows_or_for_those_named(tmp_path: Path)
     assert study.declaration == "own"
 
 
+def test_a_student_with_a_teachers_classifier_has_a_cost_before_there_are_teachers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "_check_row", lambda *_: {"images": 1, "macs": 1})
+    monkeypatch.setattr(cost, "_PROBE_SECONDS", 0.0)
+    rows = {"simkd": {}, "kd_mean_macs": {"method": "kd_mean", "match": "macs"}}
+    code, out, err = planned(tmp_path, "student.reuse_classifier=true", decide={"seeds": [0], "rows": rows})
+    assert (code, len(out.splitlines())) == (0, 2), err
+    assert "in all: 2 runs, 2 training images, about " in err
+
+
 @pytest.mark.usefixtures("quick_planning")
 def test_settings_are_checked_before_they_are_used_and_code_is_imported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -262,7 +262,9 @@ def validation_images(dataset: Dataset, subset: Subset) -> ImageSet:
     return replace(train, split="validation", images=train.images[index], labels=train.labels[index])
 
 
-def build_student(settings: Settings, dataset: Dataset, teachers: Sequence[PlannedTeacher] = ()) -> BranchedStudent:
+def build_student(
+    settings: Settings, dataset: Dataset, teachers: Sequence[PlannedTeacher] | None = None
+) -> BranchedStudent:
     """Builds the student, whose initial weights depend on the seed alone.
 
     A network with a fixed input size gets images resized to it.
@@ -270,10 +272,11 @@ def build_student(settings: Settings, dataset: Dataset, teachers: Sequence[Plann
     Args:
         settings: Settings of the run.
         dataset: The images, for classes, normalisation and size.
-        teachers: Teachers whose classifiers may be reused; used only with `student.reuse_classifier`.
+        teachers: Teachers whose classifiers may be reused; used only with `student.reuse_classifier`. Without them
+            (None) the student keeps its own classifier, e.g. to measure its cost.
 
     Raises:
-        UserError: If `student.reuse_classifier` is set and there is no classifier to reuse.
+        UserError: If `student.reuse_classifier` is set and the teachers have no classifier to reuse.
     """
     student = settings.student
     statistics = normalization(student.normalization or dataset.normalization)
@@ -283,7 +286,7 @@ def build_student(settings: Settings, dataset: Dataset, teachers: Sequence[Plann
     size = fixed_size(spec) if is_of_library(spec.name) else None
     if size is not None and (size, size) != sides(dataset.image_size):
         spec = replace(spec, image_size=size)
-    if student.reuse_classifier:
+    if student.reuse_classifier and teachers is not None:
         if not teachers or settings.method.assistants:
             why = "has assistants" if teachers else "has no teachers"
             raise UserError(f"student.reuse_classifier=true: the method {settings.method.name!r} {why}")
