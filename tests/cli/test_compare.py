@@ -497,7 +497,7 @@ def test_a_study_file_reads_as_it_was_written(tmp_path):
 
 @pytest.mark.parametrize(
     ("word", "key"),
-    [("a.b=1", "a.b"), ("+a.b={c: 1}", "a.b"), ("++a.b=x=y", "a.b"), ("~a", "a"), ("data@x=cifar10", "data")],
+    [("a.b=1", "a.b"), ("+a.b={c: 1}", "a.b"), ("++a.b=x=y", "a.b"), ("~a", "a"), ("+recipe@a.b=x@y", "a.b")],
 )
 def test_keys_of_overrides(word, key):
     assert key_of(word) == key

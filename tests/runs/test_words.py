@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.runs.words import check_words, names_code, require_named_code
+from ekd_lightning.settings import Settings
 
 SETTINGS = (
     "method=kd_mean",
@@ -21,6 +22,8 @@ SETTINGS = (
     "~trainer.max_time",
     "+experiment=cifar10_limited",
     "experiment=own/first",
+    "+recipe@teachers.recipe=step",
+    "~recipe@teachers.recipe",
     "data.root='/data/my images'",
     "teachers.pool=[{train: resnet8, options: {width: 0.25}, seed: 0}]",
     "callbacks.x={_target_: pytorch_lightning.callbacks.Timer}",
@@ -48,6 +51,10 @@ HOSTILE = (
     "~hydra.callbacks",
     "experiment@hydra.callbacks=evil",
     "data@_global_=evil",
+    "data@hydra=evil",
+    "data@imports=evil",
+    "+recipe@teachers.recipe=../evil",
+    "hydra/launcher@teachers.recipe=evil",
     "method=../../../evil/x",
     "method=a/../../x",
     "+experiment=/tmp/evil",
@@ -85,6 +92,7 @@ SCRIPTS = (
     "hydra/launcher=../../evil",
     "hydra.callbacks.x._target_=os.system",
     "hydra.searchpath=[file://evil]",
+    "hydra/launcher@hydra.callbacks=slurm",
     "seed=1",
 )
 
@@ -114,7 +122,7 @@ def test_no_word_of_any_kind_sets_hydra(text, launching):
             key = word.split("=")[0].lstrip("+~")
             assert launching or not key.startswith("hydra")
             assert not key.startswith("-")
-            assert "@" not in key
+            assert key.partition("@")[2].split(".")[0] in ("", *vars(Settings()))
 
 
 @pytest.mark.parametrize(

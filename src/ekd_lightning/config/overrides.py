@@ -35,8 +35,8 @@ _FLAGS = ("--config-name", "-cn", "--config-dir", "-cd", "--config-path", "-cp")
 
 
 def key_of(word: str) -> str:
-    """The key of an override: `student.options` of `+student.options={width: 0.5}`."""
-    return word.split("=", 1)[0].lstrip("+~").split("@", 1)[0]
+    """The key that an override sets: `student.options` of `+student.options={width: 1}`, `a.b` of `group@a.b=file`."""
+    return word.split("=", 1)[0].lstrip("+~").rpartition("@")[2]
 
 
 def is_under(key: str, prefixes: Iterable[str]) -> bool:

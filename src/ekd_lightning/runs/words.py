@@ -15,7 +15,10 @@ from dataclasses import fields, is_dataclass
 from ekd_lightning.errors import UserError
 from ekd_lightning.settings import Settings
 
-_WORD = re.compile(r"(?P<sign>\+{0,2}|~)(?P<key>[A-Za-z_][\w-]*(?:[./][\w-]+)*)(?:=(?P<value>.*))?", re.DOTALL)
+_WORD = re.compile(
+    r"(?P<sign>\+{0,2}|~)(?P<key>[A-Za-z_][\w-]*(?:[./][\w-]+)*)(?:@(?P<package>\w+(?:\.[\w-]+)*))?(?:=(?P<value>.*))?",
+    re.DOTALL,
+)
 _GROUPS = {name for name, value in vars(Settings()).items() if is_dataclass(value) or isinstance(value, dict)}
 _LAUNCHING = re.compile(
     r"hydra/launcher|hydra\.launcher\.(n_jobs|batch_size|timeout_min|cpus_per_task|gpus_per_node|tasks_per_node|mem_gb"
@@ -51,7 +54,7 @@ def check_words(words: Iterable[object], source: object, *, launching: bool = Fa
 
 def _launches(word: re.Match[str]) -> bool:
     plain = re.fullmatch(r"[\w.:@+-]*", word["value"] or "", re.ASCII)  # a newline would end a line of a batch script
-    return bool(_LAUNCHING.fullmatch(word["key"]) and plain)
+    return bool(_LAUNCHING.fullmatch(word["key"]) and plain and not word["package"])
 
 
 def _sets(word: re.Match[str]) -> bool:
@@ -61,6 +64,8 @@ def _sets(word: re.Match[str]) -> bool:
     if first == "hydra" or (value is None and word["sign"] != "~"):
         return False
     known = {one.name for one in fields(Settings)}
+    if word["package"] and word["package"].split(".")[0] not in _GROUPS:  # where the file's content goes
+        return False
     if "." in key:
         return first in known
     chooses = first in _GROUPS or first not in known
