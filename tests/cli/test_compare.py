@@ -14,13 +14,16 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from hydra import initialize_config_module
 from whole_runs import TINY, call_train, called
 
 from ekd_lightning.cli import compare
 from ekd_lightning.cli.compare import main
+from ekd_lightning.config.config import register_schema
 from ekd_lightning.config.overrides import key_of
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import read_json, write_json, write_yaml
+from ekd_lightning.networks.registry import Match
 from ekd_lightning.networks.zoo import zoo
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import RunDirectory, RunState
@@ -28,6 +31,7 @@ from ekd_lightning.runs.writer import RunWriter
 from ekd_lightning.settings import DataSettings, Settings
 from ekd_lightning.studies import launching, planning
 from ekd_lightning.studies import study as studies
+from ekd_lightning.studies.rows import make_row, match_overrides, matched_row
 
 WHOLE_TEST = tuple(word for word in TINY if not word.startswith(("data.fraction", "trainer.limit_test")))
 ROWS = ("--methods", "ce,kd_mean,ekd", "--no-controls", "--fractions", "0.1")
@@ -346,6 +350,24 @@ def test_a_plain_student_that_would_be_its_own_control_is_left_out(tmp_path, wor
     assert "no plain torchvision:mobilenet_v3_small has the macs of the study's student; the nearest is " in err
     assert "kd_mean_feature_macs: left out, because the match is the student's own network unchanged" in err
     assert len(out.splitlines()) == 1
+
+
+@pytest.mark.parametrize("common", [(), ("+student.options.stem=plain",)])
+def test_another_network_has_its_own_options_whoever_set_those_of_the_study(tmp_path, common):
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student/narrow.yaml").write_text("defaults: [resnet8]\noptions: {width: 0.5}\n")
+    common = ("student=narrow", *common)
+    register_schema()
+    with initialize_config_module("ekd_lightning.conf", version_base="1.3"):
+        composed = partial(compare._compose, [f"hydra.searchpath=[file://{tmp_path}]"])
+        plain = make_row("kd_mean@resnet14", composed, common)
+        network = match_overrides(Match("resnet14", {"width": 0.75}, 1, 1), common, composed)
+        found = []
+        for row in (plain, matched_row("kd_mean_macs", make_row("kd_mean", composed), "macs", network)):
+            words = studies.Study((row,), (1.0,), (0,), common).words(row, 1.0, 0)
+            student = composed(words).student
+            found.append((student.network, dict(student.options)))
+    assert found == [("resnet14", {}), ("resnet14", {"width": 0.75})]
 
 
 def test_controls_beside_unlabelled_images_have_a_use_for_them(tmp_path, words):

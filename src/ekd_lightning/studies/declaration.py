@@ -230,7 +230,8 @@ def study_of(
             before = known[row.name].overrides if row.name in known else ()
             network = tuple(word for word in before if is_under(key_of(word), ("student",)))
             if not network and row.match not in matches:  # a study keeps the network that was found first
-                matches[row.match] = match_overrides(match_student(row.match, composer(overrides=common)))
+                match = match_student(row.match, composer(overrides=common))
+                matches[row.match] = match_overrides(match, common, composer)
             network = network or matches[row.match]
             made = matched_row(row.name, made, row.match, network)
         overrides = (*made.overrides, *row.words)

@@ -34,6 +34,7 @@ CONTROLS_WITHOUT_LABELS = ("pseudo_labels", *CONTROLS[2:])
 MATCHED = ("kd_mean", "kd_mean_feature")
 """Methods that get a row with a plain student of the branched student's cost."""
 _BRANCHING = ("student.branches", "student.split_after", "student.branch_width", "student.ensemble")
+_NETWORK = ("student.network", "student.options")
 SCORED_ON = "validation images"
 """What searches choose settings by; results that were scored on anything else are refused."""
 
@@ -77,7 +78,7 @@ def plan_rows(
             if match.network == cfg.student.network and match.options == dict(cfg.student.options or {}):
                 log.warning("%s: left out, because the match is the student's own network unchanged", ", ".join(new))
                 continue
-            network = match_overrides(match)
+            network = match_overrides(match, common, compose)
             rows += [matched_row(name, make_row(method, compose, common), by, network) for name, method in new.items()]
     return rows
 
@@ -119,9 +120,14 @@ def make_row(name: str, compose: Composer, common: Sequence[str] = ()) -> RowPla
     own += tuple(dict.fromkeys(key_of(word) for word in lacking))
     if not at:
         return RowPlan(name, (f"method={method}",), own)
-    return RowPlan(
-        name, (f"method={method}", f"student.network={network}"), (*own, "student.network", "student.options")
-    )
+    chosen = (f"student.network={network}", *_reset_options(common, compose))
+    return RowPlan(name, (f"method={method}", *chosen), (*own, *_NETWORK))
+
+
+def _reset_options(common: Sequence[str], compose: Composer) -> list[str]:
+    """The overrides that remove options of the common network which a file sets; those of overrides do not apply."""
+    files = [word for word in common if not is_under(key_of(word), _NETWORK)]
+    return [f"~student.options.{key}" for key in compose(overrides=files).student.options]
 
 
 def match_student(by: str, cfg: DictConfig) -> Match:
@@ -146,10 +152,10 @@ def match_student(by: str, cfg: DictConfig) -> Match:
     return match
 
 
-def match_overrides(match: Match) -> tuple[str, ...]:
-    """The overrides that choose the matched network."""
+def match_overrides(match: Match, common: Sequence[str], compose: Composer) -> tuple[str, ...]:
+    """The overrides that choose the matched network in place of that of the common overrides."""
     options = (override(f"++student.options.{key}", value) for key, value in match.options.items())
-    return f"student.network={match.network}", *options
+    return f"student.network={match.network}", *_reset_options(common, compose), *options
 
 
 def matched_row(name: str, row: RowPlan, by: str, network: Sequence[str]) -> RowPlan:
@@ -161,7 +167,7 @@ def matched_row(name: str, row: RowPlan, by: str, network: Sequence[str]) -> Row
         by: One of `MATCHES`.
         network: Overrides that choose the student.
     """
-    without = (*row.without, "student.network", "student.options")
+    without = (*row.without, *_NETWORK)
     return replace(row, name=name, overrides=(*row.overrides, *network), without=without, match=by)
 
 
