@@ -329,6 +329,24 @@ def test_a_trial_of_a_machine_that_died_is_taken_out_of_the_count(tmp_path, monk
     assert [trial.state.name for trial in study.trials] == ["FAIL", "RUNNING"]
 
 
+def test_a_trial_that_another_machine_took_for_dead_is_dropped_and_the_search_goes_on(tmp_path, caplog):
+    url = f"sqlite:///{tmp_path}/trials.db"
+    study, other = (opened(tmp_path / name / "c10" / "ekd", storage=url) for name in ("a", "b"))
+
+    def too_slow_once(overrides, folder, report):
+        folder.mkdir(parents=True)
+        if len(other.trials) == 1:
+            other._study.tell(0, state=optuna.trial.TrialState.FAIL)
+        return evaluate(overrides, folder, report)
+
+    run_trials(study, too_slow_once, trials=2)
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE", "COMPLETE"]
+    assert [line for line in caplog.messages if "dropped" in line] == [
+        "trial 0: dropped, because another machine had taken it for dead"
+    ]
+    assert not study.trial_folder(0).exists()
+
+
 @pytest.mark.parametrize(
     ("url", "named"),
     [

@@ -219,7 +219,11 @@ def run_trials(
             if trial is None:
                 return
             all_trials.note = f"trial {trial.number}"
-            _run_trial(study, trial, evaluate)
+            try:
+                _run_trial(study, trial, evaluate)
+            except optuna.exceptions.UpdateFinishedTrialError:
+                log.warning("trial %d: dropped, because another machine had taken it for dead", trial.number)
+                continue
             all_trials.advance()
             after_trial()
     log.info("--timeout: time is over, no further trial is started; the same command continues the search")
@@ -247,9 +251,9 @@ def _run_trial(study: Search, trial: optuna.Trial, evaluate: Evaluate) -> None:
         trial.set_user_attr("diverged", True)
         state = TrialState.PRUNED
     finally:
+        shutil.rmtree(folder, ignore_errors=True)
         trial.set_user_attr("seconds", time.monotonic() - began)
         study.tell(trial, value, state)
-        shutil.rmtree(folder, ignore_errors=True)
     words = "  ".join(trial.user_attrs["overrides"]) or "settings as given"
     ended = "pruned" if value is None else f"{100 * value:.2f} %"
     log.info("trial %d: %s  %s  %.0f s", trial.number, ended, words, time.monotonic() - began)
