@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import Tensor
+
     from ekd_lightning.api import (
         BranchedStudent,
         Distiller,
@@ -40,6 +44,7 @@ __all__ = [
     "load",
     "method",
     "push",
+    "read_images",
 ]
 
 
@@ -82,3 +87,10 @@ def push(folder: str | Path, repository: str, *, private: bool = True) -> str:
     from ekd_lightning.networks import hub  # noqa: PLC0415 (`import ekd_lightning` stays cheap)
 
     return hub.push(folder, repository, private=private)
+
+
+def read_images(files: Iterable[str | Path], size: int | tuple[int, int]) -> Tensor:
+    """Reads image files for a loaded student; see `ekd_lightning.data.decoding.read_images`."""
+    from ekd_lightning.data import decoding  # noqa: PLC0415 (`import ekd_lightning` stays cheap)
+
+    return decoding.read_images(files, size)

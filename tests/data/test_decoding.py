@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
 
-from ekd_lightning.data.decoding import decode_all, fitted, to_rgb
+from ekd_lightning.data.decoding import decode_all, fitted, read_images, to_rgb
 from ekd_lightning.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -130,6 +130,23 @@ def test_any_size_is_covered_and_cut_in_one_direction_only(height, width, H, W):
 def decoded(tmp_path, images, size):
     found = decode_all(tmp_path / "pixels", images.__getitem__, len(images), size, "")
     return found, np.fromfile(tmp_path / "pixels", np.uint8).reshape(-1, 3, *found.size)
+
+
+@pytest.mark.parametrize("size", [24, (16, 24)])
+def test_files_for_a_student_are_read_as_those_of_a_data_set(tmp_path, size):
+    large = Image.fromarray(RNG.integers(0, 256, (300, 200, 3), dtype=np.uint8))
+    files = [tmp_path / name for name in ("large.jpg", "clear.png")]
+    large.save(files[0])  # decoded at a reduced size
+    large.convert("RGBA").save(files[1])
+    shape = (size, size) if isinstance(size, int) else size
+    expected = decoded(tmp_path, [file.read_bytes() for file in files], shape)[1]
+    assert np.array_equal(read_images(files, size).numpy(), expected)
+    assert read_images([], size).shape == (0, 3, *shape)
+    files[1].write_text("text")
+    with pytest.raises(UserError, match=r"clear.png: is not an image$"):
+        read_images(map(str, files), size)
+    with pytest.raises(UserError, match=r"none.png: cannot be read"):
+        read_images([tmp_path / "none.png"], size)
 
 
 def test_all_are_written_in_order_and_broken_ones_told(tmp_path):

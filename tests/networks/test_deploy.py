@@ -194,6 +194,8 @@ def test_what_a_model_accepts(folder):
     assert isinstance(model, DeployedModel)
     assert model.class_names == tuple(NAMES)
     assert "2 branches, 6 classes" in repr(model)
+    with pytest.raises(TypeError, match=r"must be a tensor .*, got list; ekd_lightning.read_images"):
+        model.classify(["crow.jpg"])
     with pytest.raises(TypeError, match="divide by 255"):
         model(torch.zeros(1, 3, 16, 16, dtype=torch.int64))
     for strange in (images(4) * 255, (images(4) - 0.5) / 0.2, images(4) * float("nan")):

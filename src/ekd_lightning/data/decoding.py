@@ -14,7 +14,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -167,6 +167,29 @@ def _pixels(content: bytes | Image.Image, size: tuple[int, int], exact: bool) ->
     if exact and image.size != size[::-1]:
         raise _OtherSizeError(f"{size[0]}×{size[1]} and {image.height}×{image.width}")
     return np.ascontiguousarray(np.asarray(fitted(image, size)).transpose(2, 0, 1)).tobytes()
+
+
+def read_images(files: Iterable[str | Path], size: int | tuple[int, int]) -> Tensor:
+    """Reads image files as `data=folder` does: upright RGB, resized to cover `size`, the centre cropped.
+
+    Args:
+        files: Images of any mode, size and format that Pillow reads.
+        size: Side of square images in pixels, or (height, width), e.g. a loaded student's `image_size`.
+
+    Returns:
+        uint8 [B, 3, H, W] in 0 .. 255.
+
+    Raises:
+        UserError: At the first file that cannot be read, naming it.
+    """
+    shape = (size, size) if isinstance(size, int) else size
+    pixels = bytearray()
+    for file in files:
+        try:
+            pixels += _pixels(Path(file).read_bytes(), shape, exact=False)
+        except OSError as error:
+            raise UserError(f"{file}: {_reason(error)}") from None
+    return torch.from_numpy(np.frombuffer(pixels, np.uint8).reshape(-1, 3, *shape))
 
 
 def _reason(error: Exception) -> str:

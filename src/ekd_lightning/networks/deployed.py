@@ -82,9 +82,14 @@ class DeployedModel:
             Logits, float32 [B, C], on the model's device.
 
         Raises:
-            TypeError: If the images are neither floating point nor uint8.
+            TypeError: If the images are no tensor, or neither floating point nor uint8.
             ValueError: If they have another shape, or values more than `BEYOND` outside [0, 1].
         """
+        if not isinstance(images, Tensor):
+            raise TypeError(
+                f"images must be a tensor [B, 3, H, W], got {type(images).__name__}; "
+                "ekd_lightning.read_images(files, model.image_size) reads files"
+            )
         if images.dtype == torch.uint8:
             images = images.float() / 255
         if not images.is_floating_point():
