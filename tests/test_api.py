@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import runpy
 import subprocess
@@ -104,6 +105,42 @@ def test_callbacks_of_the_configuration_are_used(here):
     words = ["data.fraction=0.1", "recipe.batch_size=32", "trainer=cpu", "evaluation=none", stop]
     run = ekd.distill("digits", method="ce", branches=1, epochs=3, overrides=words)
     assert run.result.epochs_done == 1
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Stands for a run whose launcher has started other ranks."""
+
+    def run(settings, place, *, on_start, **more):
+        place.mkdir(exist_ok=True)
+        on_start()
+        os.environ.setdefault("LOCAL_RANK", "0")
+
+    monkeypatch.setattr("ekd_lightning.api.run", run)
+    monkeypatch.setattr("ekd_lightning.api._begun", [])
+    for name in ("LOCAL_RANK", "EKD_RUN_DIRECTORY"):
+        monkeypatch.delenv(name, raising=False)
+    return ["trainer=cpu", "trainer.devices=2", "trainer.strategy=ddp"]
+
+
+def test_a_run_on_several_devices_must_be_the_first_of_its_process(here, launched):
+    before = dict(os.environ)
+    ekd.distill("digits", method="ce", overrides=launched)
+    assert dict(os.environ) == before
+    ekd.distill("digits", method="ce", overrides=["trainer=cpu"])
+    made = sorted((here / "outputs").rglob("*"))
+    with pytest.raises(UserError, match=r"trainer\.devices=2: .* start one process per run"):
+        ekd.distill("digits", method="ce", overrides=launched)
+    assert sorted((here / "outputs").rglob("*")) == made
+
+
+def test_a_started_rank_ends_with_its_run(here, launched, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("EKD_RUN_DIRECTORY", str(here / "run"))
+    with pytest.raises(SystemExit) as ended:
+        ekd.distill("digits", method="ce", overrides=launched)
+    assert not ended.value.code
+    assert (here / "run").is_dir()
 
 
 def test_the_package_is_imported_lazily():

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -13,14 +13,15 @@ from typing import Any
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning import Callback
+from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 
 from ekd_lightning.config.config import build_callbacks, compose_settings, import_user_modules, write_config
-from ekd_lightning.config.directory import DIRECTORY, agree, new_directory, remove_unused
+from ekd_lightning.config.directory import DIRECTORY, agree, new_directory, passed_to_ranks, remove_unused
 from ekd_lightning.config.edge import OnScreen, config_error, logged_as_by_commands
 from ekd_lightning.config.internals import initialized, options_of
 from ekd_lightning.config.overrides import override
 from ekd_lightning.data.datamodule import ImageDataModule
-from ekd_lightning.errors import UserError
+from ekd_lightning.errors import UserError, quiet
 from ekd_lightning.methods import Method, TermContext, build_method
 from ekd_lightning.networks import BranchedStudent, TeacherEnsemble, load_student
 from ekd_lightning.pipeline.run import run
@@ -30,6 +31,7 @@ from ekd_lightning.runs.result import Result
 from ekd_lightning.runs.writer import is_rank_zero
 from ekd_lightning.settings import RecipeSettings, Settings
 from ekd_lightning.training.distiller import Distiller
+from ekd_lightning.training.trainer import build_trainer, check_trainer
 
 __all__ = [
     "BranchedStudent",
@@ -41,6 +43,9 @@ __all__ = [
     "distill",
     "method",
 ]
+
+_begun: list[Path] = []
+"""Directories of the runs that this process has begun."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,9 @@ def distill(
     callbacks: Sequence[Callback] = (),
 ) -> Run:
     """Trains one student as `ekd-train` does, with the same defaults and checks; None keeps a setting's default.
+
+    A run on several devices (`trainer.devices`) must be the first of its process: Lightning starts the script again for
+    each further device, and these processes end with the run.
 
     Args:
         data: A configured data set (`cifar10`, `cifar100`, `digits`, ...), or a folder of images with one subfolder per
@@ -115,19 +123,25 @@ def distill(
         pool = [one if isinstance(one, str) else dict(one) for one in teachers]
         settings = replace(settings, teachers=replace(settings.teachers, pool=pool, count=None))
     import_user_modules(settings.imports)
+    if _begun:
+        _refuse_rerun(settings)
     config = asdict(settings)
     place = _place(settings, directory)
 
     def start() -> None:
+        _begun.append(place)
         if is_rank_zero():
             write_config(config, place)
 
-    with _passed_to_ranks(place), logged_as_by_commands(), reported_by(OnScreen()):
+    with passed_to_ranks(place), logged_as_by_commands(), reported_by(OnScreen()):
         try:
             all_callbacks = [*build_callbacks(settings), *callbacks]
-            return Run(run(settings, place, config=config, callbacks=all_callbacks, on_start=start), place)
+            result = run(settings, place, config=config, callbacks=all_callbacks, on_start=start)
         finally:
             remove_unused()
+    if _is_started_rank():
+        sys.exit()  # the rest of the script is for the process that started it
+    return Run(result, place)
 
 
 def method(
@@ -189,9 +203,14 @@ def _data_words(data: str | Path) -> list[str]:
     return [f"data={data}"]
 
 
+def _is_started_rank() -> bool:
+    """Whether the `distill` of another process has started this one."""
+    return DIRECTORY in os.environ and int(os.environ.get("LOCAL_RANK", "0")) > 0
+
+
 def _place(settings: Settings, directory: str | Path | None) -> Path:
     """The run's directory, the same in all processes that Lightning, torchrun or SLURM start."""
-    if DIRECTORY in os.environ and int(os.environ.get("LOCAL_RANK", "0")) > 0:
+    if _is_started_rank():
         return Path(os.environ[DIRECTORY])
     if directory is not None:
         return Path(directory).absolute()
@@ -199,14 +218,13 @@ def _place(settings: Settings, directory: str | Path | None) -> Path:
     return agree("directory", lambda: new_directory(wanted.absolute(), numbered=True))
 
 
-@contextlib.contextmanager
-def _passed_to_ranks(place: Path) -> Iterator[None]:
-    """Passes the run's directory to further ranks, for which Lightning starts this script again."""
-    before = os.environ.get(DIRECTORY)
-    os.environ[DIRECTORY] = str(place)
-    try:
-        yield
-    finally:
-        os.environ.pop(DIRECTORY)
-        if before is not None:
-            os.environ[DIRECTORY] = before
+def _refuse_rerun(settings: Settings) -> None:
+    """Refuses a run for which Lightning would start this script again, whose first call would be another run."""
+    check_trainer(settings.trainer)
+    with quiet("pytorch_lightning.utilities.rank_zero"):
+        trainer = build_trainer({**settings.trainer, "max_epochs": 1}, Path(), [], [])
+    if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+        raise UserError(
+            f"trainer.devices={settings.trainer['devices']}: a run on several devices must be the first distill() of "
+            "its process, as Lightning starts the script again for each device; start one process per run"
+        )

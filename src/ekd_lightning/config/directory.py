@@ -221,30 +221,22 @@ def _meeting_place() -> tuple[Any, int, int]:
     return _store()(*place, world, is_master=rank == 0, timeout=_PATIENCE), world, rank
 
 
+def started_by_others() -> bool:
+    """Whether Lightning, torchrun or SLURM has started this process as a rank."""
+    return any(name in os.environ for name in _OUTSIDE_LAUNCHERS)
+
+
 @contextlib.contextmanager
-def ddp_reruns_this_job(directory: Path, program: str | None = None) -> Iterator[None]:
-    """Makes Lightning start the other ranks with this job and its directory, not with the whole sweep.
+def passed_to_ranks(directory: Path) -> Iterator[None]:
+    """Passes a run's directory to the ranks that Lightning starts, and clears what its launcher leaves behind.
 
-    Lightning's script launcher repeats `sys.argv`, which in a multirun holds `-m` and all swept values. It also quotes
-    the directory without escaping quotes in it, and leaves LOCAL_RANK set for the next job of the sweep.
-
-    Args:
-        directory: The job's directory.
-        program: File that runs one job; None for that of this command.
+    It leaves LOCAL_RANK and the process group, with which the next run would take itself for a rank of this one.
     """
-    if any(name in os.environ for name in _OUTSIDE_LAUNCHERS):
+    if started_by_others():
         yield
         return
-    argv = sys.argv
-    hydra: Any = HydraConfig.get()  # typed as a dataclass, but a DictConfig
-    # A sweep may be stored in an experiment (hydra.mode), and a search path may hold the user's own files.
-    paths = [word for word in hydra.overrides.hydra if word.lstrip("+").startswith("hydra.searchpath=")]
-    words = cast("list[str]", OmegaConf.to_container(hydra.overrides.task, resolve=False))  # as they were typed
-    sys.argv = [program or argv[0], *config_flags(argv), *words, *paths, "hydra.mode=RUN"]
     environment = {key: os.environ.get(key) for key in _LAUNCH_ENV}
     os.environ[DIRECTORY] = str(directory)
-    with read_write(hydra), open_dict(hydra):
-        run_dir, hydra.run.dir = hydra.run.dir, "."  # not used: the ranks get the directory from the environment
     try:
         yield
     finally:
@@ -255,6 +247,34 @@ def ddp_reruns_this_job(directory: Path, program: str | None = None) -> Iterator
             os.environ.pop(key, None)
             if value is not None:
                 os.environ[key] = value
+
+
+@contextlib.contextmanager
+def ddp_reruns_this_job(directory: Path, program: str | None = None) -> Iterator[None]:
+    """Makes Lightning start the other ranks with this job and its directory, not with the whole sweep.
+
+    Lightning's script launcher repeats `sys.argv`, which in a multirun holds `-m` and all swept values. It also quotes
+    the directory without escaping quotes in it.
+
+    Args:
+        directory: The job's directory.
+        program: File that runs one job; None for that of this command.
+    """
+    if started_by_others():
+        yield
+        return
+    argv = sys.argv
+    hydra: Any = HydraConfig.get()  # typed as a dataclass, but a DictConfig
+    # A sweep may be stored in an experiment (hydra.mode), and a search path may hold the user's own files.
+    paths = [word for word in hydra.overrides.hydra if word.lstrip("+").startswith("hydra.searchpath=")]
+    words = cast("list[str]", OmegaConf.to_container(hydra.overrides.task, resolve=False))  # as they were typed
+    sys.argv = [program or argv[0], *config_flags(argv), *words, *paths, "hydra.mode=RUN"]
+    with read_write(hydra), open_dict(hydra):
+        run_dir, hydra.run.dir = hydra.run.dir, "."  # not used: the ranks get the directory from the environment
+    try:
+        with passed_to_ranks(directory):
+            yield
+    finally:
         sys.argv = argv
         with read_write(hydra), open_dict(hydra):
             hydra.run.dir = run_dir
