@@ -370,6 +370,15 @@ def test_another_network_has_its_own_options_whoever_set_those_of_the_study(tmp_
     assert found == [("resnet14", {}), ("resnet14", {"width": 0.75})]
 
 
+def test_rows_that_a_study_gets_later_bring_no_controls(tmp_path, words):
+    asked = ("--seeds", "0", "--output", tmp_path / "c", "--print-jobs")
+    assert call("--methods", "ekd", "--no-controls", *asked, *words)[0] == 0
+    code, out, err = call("--methods", "camkd", *asked)
+    assert code == 0, err
+    assert "controls" not in err
+    assert len(out.splitlines()) == 2
+
+
 def test_controls_beside_unlabelled_images_have_a_use_for_them(tmp_path, words):
     asked = ("--methods", "ekd", "--seeds", "0", "--match", "none", "--output", tmp_path / "c", "--print-jobs")
     code, out, err = call(*asked, "--fractions", "0.1", *words, "data.unlabelled=rest")

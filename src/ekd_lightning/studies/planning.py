@@ -67,7 +67,7 @@ def build_study(
         fractions: Shares of the training images; empty for those of `old`, else that of the settings.
         seeds: Empty for those of `old`, else 0, 1, 2.
         match: Costs at which plain students are added, e.g. `macs,parameters`, or `none`.
-        controls: Whether the usual controls are added; to a part of a declared study none are.
+        controls: Whether the usual controls are added to a new study; those of `old` were settled when it was new.
         tuned: Folder of settings from ekd-tune.
 
     Raises:
@@ -90,7 +90,7 @@ def build_study(
     seeds = tuple(seeds) or (old.seeds if old else (0, 1, 2))
     rows = [row for row in old.rows if row.name in own] if old else []
     if methods is not None:
-        controls &= not declared
+        controls &= old is None
         matches = parse_names("--match", match or ("macs,parameters" if controls else "none"), (*MATCHES, "none"))
         rows = plan_rows(methods, [by for by in matches if by != "none"], controls, common, old, composer)
     kept, rows = [row for row in rows if row.name in declared], [row for row in rows if row.name not in declared]
