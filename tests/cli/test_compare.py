@@ -246,7 +246,7 @@ def test_a_failing_row_does_not_stop_the_others(words, tmp_path):
     ("rows", "word", "message"),
     [
         ("ce,fsp", "teachers.count=2", "row fsp: "),  # needs equal channels
-        ("ce,okddip", "+method.terms.leader.temperature=0", "row ce: "),
+        ("ce,okddip", "+method.terms.leader.temperature=0", "row okddip: "),
         (
             "ce,ekd",
             "student.split_after=stage9",

@@ -11,6 +11,7 @@ from made_runs import result
 from omegaconf import OmegaConf
 
 from ekd_lightning.config import directory as module
+from ekd_lightning.config import internals
 from ekd_lightning.config.config import changed_keys, recorded_settings, write_config
 from ekd_lightning.config.directory import DIRECTORY, JobOutput
 from ekd_lightning.config.overrides import anchored, check_place, check_unchanged, computing, expand_resume
@@ -46,6 +47,22 @@ def test_recorded_overrides_come_first_and_new_ones_win(run):
     found = expand_resume(["ekd-train", f"resume={directory}", "seed=4", "data=digits", "hydra.run.dir=x"])
     own = [f"resume={directory}", f"hydra.run.dir={directory}"]
     assert found == ["ekd-train", "data=digits", "seed=3", "seed=4", *own, "hydra.mode=RUN"]
+
+
+def test_teachers_that_moved_are_found_from_the_current_directory(run, tmp_path, monkeypatch):
+    directory = run()
+    (tmp_path / "my place").mkdir()
+    monkeypatch.chdir(tmp_path / "my place")
+    Path("moved.safetensors").touch()
+    word = "teachers.pool=[{file: moved.safetensors, options: {w: 0.5}}, {file: no}, {timm: a, weights: DEFAULT}, b]"
+    found = expand_resume(["ekd-train", f"resume={directory}", word])
+    assert internals.parse_override(found[3]).value() == [
+        {"file": str(Path.cwd() / "moved.safetensors"), "options": {"w": 0.5}},
+        {"file": "no"},
+        {"timm": "a", "weights": "DEFAULT"},
+        "b",
+    ]
+    assert expand_resume(found) == found
 
 
 def test_a_child_process_gets_the_same_words_again(run):

@@ -34,6 +34,8 @@ ALLOWED = ("ekd_lightning", "pytorch_lightning.callbacks")
 """Packages whose callbacks a configuration may name, besides the modules of `imports`."""
 PLACES = keys_where(is_path)
 """Settings that can be paths of folders."""
+TEACHER_PLACES = ("file", "weights", "hub")
+"""Keys of a pool entry that can be paths."""
 
 
 def register_schema() -> None:
@@ -187,7 +189,7 @@ def _places(config: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
             yield config[group], name
     pool = teachers.get("pool") if isinstance(teachers := config.get("teachers"), dict) else None
     for entry in pool if isinstance(pool, list) else []:
-        for name in ("file", "weights", "hub"):
+        for name in TEACHER_PLACES:
             if isinstance(entry, dict) and isinstance(entry.get(name), str):
                 yield entry, name
 

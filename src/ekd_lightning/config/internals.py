@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import ClassVar
 
 from hydra._internal.callbacks import Callbacks
@@ -15,7 +15,7 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -125,6 +125,21 @@ def parse_override(word: str) -> Override:
         OverrideParseException: If it does not follow the grammar.
     """
     return OverridesParser.create().parse_override(word)
+
+
+def with_absolute(word: str, keys: Collection[str]) -> str:
+    """An override of a list of mappings, its relative paths below `keys` made absolute if they exist.
+
+    Raises:
+        OverrideParseException: If it does not follow the grammar.
+    """
+    parsed = parse_override(word)
+    for entry in parsed._value if isinstance(parsed._value, list) else []:
+        for key, value in entry.items() if isinstance(entry, dict) else ():
+            path = value.text if isinstance(value, QuotedString) else value
+            if key in keys and isinstance(path, str) and os.path.exists(path):
+                entry[key] = QuotedString(os.path.abspath(path), Quote.single)
+    return f"{word.partition('=')[0]}={parsed.get_value_element_as_str()}"
 
 
 def sweep_jobs(config: DictConfig) -> list[tuple[str, list[str]]] | None:

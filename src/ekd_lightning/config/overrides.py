@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ekd_lightning.config import internals
-from ekd_lightning.config.config import PLACES, changed_keys, read_config
+from ekd_lightning.config.config import PLACES, TEACHER_PLACES, changed_keys, read_config
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import DamagedFileError
 from ekd_lightning.runs.directory import CONFIG, OVERRIDES, RunDirectory
@@ -234,7 +234,7 @@ def expand_resume(argv: list[str]) -> list[str]:
     given = [word for word in argv[1:] if word not in (*first, *flags) and not word.startswith(_OF_THIS_RUN)]
     own = [override("resume", directory), override("hydra.run.dir", directory), "hydra.mode=RUN"]
     # Flags come before all overrides: argparse accepts no positionals on both sides of a flag.
-    return [argv[0], *flags, *first, *map(anchored, given), *own]
+    return [argv[0], *flags, *first, *map(_anchored_here, given), *own]
 
 
 _OF_THIS_RUN = ("resume=", "hydra.run.dir=", "hydra.output_subdir=", "hydra.mode=")
@@ -245,6 +245,12 @@ def anchored(word: str) -> str:
     if not names_place(word):
         return word
     return override(word.partition("=")[0], Path(read_path(word) or ".").absolute())
+
+
+def _anchored_here(word: str) -> str:
+    """Like `anchored`, for files of a pool of teachers as well."""
+    pool = key_of(word) == "teachers.pool" and "=" in word
+    return internals.with_absolute(word, TEACHER_PLACES) if pool else anchored(word)
 
 
 def names_place(word: str) -> bool:
