@@ -289,6 +289,8 @@ def test_runs_that_cannot_be_exported(run, tmp_path):
         assert "student.safetensors: " in refused(copy)
     (copy / "status.json").write_text(json.dumps({"state": "failed", "error": "no luck"}))
     assert "the run is not done, its status is 'failed' (no luck)" in refused(copy)
+    (copy / "status.json").write_text(json.dumps({"state": "stopped"}))
+    assert "its status is 'stopped'; ekd-train resume=DIR continues it" in refused(copy)
 
 
 def test_a_folder_that_cannot_be_made_is_named(run):

@@ -191,7 +191,7 @@ def _show(record: dict[str, Any], folder: Path) -> None:
     rows = (
         (
             name,
-            facts["precision"] + (", folded" if facts["folded"] else ""),
+            facts["precision"] + (", batch norm folded" if facts["folded"] else ""),
             f"{facts['bytes'] / 1000:,.1f}",
             f"{100 * facts['accuracy']:.2f}",
             f"{100 * facts['accuracy_difference']:+.2f}",

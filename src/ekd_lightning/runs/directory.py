@@ -229,7 +229,8 @@ class RunDirectory:
             raise DamagedFileError(f"{self.path}/{found.error}")
         if found.result is None:
             why = f" ({found.error})" if found.error else ""
-            raise UserError(f"{self.path}: the run is not done, its status is {found.state.value!r}{why}")
+            again = "; ekd-train resume=DIR continues it" if found.state is RunState.STOPPED else ""
+            raise UserError(f"{self.path}: the run is not done, its status is {found.state.value!r}{why}{again}")
         return found.result
 
     def _read(self, name: str) -> dict[str, Any] | None:
