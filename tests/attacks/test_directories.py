@@ -22,6 +22,7 @@ from ekd_lightning.runs.directory import RunDirectory
 from ekd_lightning.runs.lock import DirectoryLock
 
 FEW = ("method=branched_ce", "student.branches=2", "trainer.limit_train_batches=2")
+FOREIGN = "{file: foreign.pt, network: resnet20, key_map: akamaster_resnet}"
 STRANGE = 'it\'s "a", =b {c} $d ${e} [f] (g) é\\'
 
 
@@ -97,10 +98,14 @@ def test_a_job_of_a_sweep_is_refused_where_a_run_is_at_work(store, tmp_path):
         ["imports=[no_such_module]", "overwrite=true"],
         ["data=cifar10", "data.root=nowhere", "data.download=false", "overwrite=true"],
         ["hydra.job.chdir=true", "overwrite=nonsense"],
+        ["method=kd_mean", "teachers.store=/dev/null/store", "teachers.table=off", "overwrite=true"],
+        ["method=kd_mean", f"teachers.pool=[{FOREIGN}]", "overwrite=true"],
     ],
     ids=" ".join,
 )
-def test_what_is_refused_leaves_a_finished_run_as_it_is(train, finished, words):
+def test_what_is_refused_leaves_a_finished_run_as_it_is(train, finished, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("foreign.pt").write_bytes(b"no checkpoint")
     before = tree(finished)
     assert_one_line(train(finished, *FEW, *words))
     assert tree(finished) == before

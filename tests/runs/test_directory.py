@@ -330,7 +330,8 @@ def test_a_file_that_no_run_wrote_is_never_replaced(tmp_path, name):
     own.refuse_used(overwrite=False)
     own.start(resumed=False)
     assert set(before) <= set(tmp_path.rglob("*"))
-    (tmp_path / "provenance.json").unlink()
+    for own_file in ("provenance.json", "status.json"):
+        (tmp_path / own_file).unlink()
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).touch()
     for overwrite in (False, True):

@@ -205,22 +205,22 @@ def refuse_other_images(
             raise UserError(f"data.{key}={place}: its {kind} images are not those of the run {run.path}")
 
 
-def refuse_other_teachers(run: RunDirectory, teachers: TeacherEnsemble | None) -> None:
+def refuse_other_teachers(run: RunDirectory, teachers: Iterable[tuple[str, str | None]]) -> None:
     """Compares the weights of teachers, wherever their files are, with those on a run's record.
 
     Args:
         run: The run; teachers that it has not recorded yet are not compared.
-        teachers: The run's teachers; None without.
+        teachers: Id of each of the run's teachers, and SHA-256 of its weights if they are known.
 
     Raises:
         UserError: Naming the first teacher with other weights.
     """
     recorded = run.provenance().get("teachers") or []
-    for known, found in zip(recorded, teachers.identities if teachers else (), strict=False):
-        if known.get("sha256") not in (None, found.sha256):
+    for known, (own_id, sha256) in zip(recorded, teachers, strict=False):
+        if None not in (sha256, known.get("sha256")) and sha256 != known["sha256"]:
             raise UserError(
-                f"{found.id}: its weights are not those of the run's teacher {known.get('id')} ({run.path}); to train "
-                "anew with other teachers, add overwrite=true"
+                f"{own_id}: its weights are not those of the run's teacher {known.get('id')} ({run.path}); to train "
+                "anew with other teachers, leave out resume="
             )
 
 

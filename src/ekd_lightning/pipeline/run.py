@@ -42,7 +42,7 @@ from ekd_lightning.tracking.loggers import (
 )
 from ekd_lightning.training.checkpoints import checkpoint_callbacks, read_checkpoint
 from ekd_lightning.training.distiller import Distiller
-from ekd_lightning.training.pool import gather_teachers
+from ekd_lightning.training.pool import check_teachers, gather_teachers
 from ekd_lightning.training.trainer import EpochReport, EpochSeed, build_trainer, cost, end_processes, final_scores
 
 log = logging.getLogger(__name__)
@@ -140,6 +140,11 @@ def _run(
         if settings.resume is not None:
             refuse_other_images(RunDirectory(directory), settings, prepared.dataset, prepared.datamodule.unlabelled)
         facts = describe_run(settings, prepared)
+    with progress.phase("teachers"):
+        hashes = check_teachers(prepared.candidates or prepared.teachers)
+    if settings.resume is not None and not prepared.candidates:
+        ids = [plan.id for plan in prepared.teachers]
+        refuse_other_teachers(RunDirectory(directory), zip(ids, hashes, strict=True))
     _expect(settings, prepared)
     start()
     if record:
@@ -151,8 +156,8 @@ def _run(
             prepared = choose_teacher(settings, prepared, trainer.strategy.root_device)
         facts |= describe_teacher(settings, prepared)
         teachers = gather_teachers(prepared.teachers) if prepared.teachers else None
-    if settings.resume is not None and checkpoint is None:  # a checkpoint knows its teachers itself
-        refuse_other_teachers(RunDirectory(directory), teachers)
+    if settings.resume is not None and checkpoint is None and teachers:  # a checkpoint knows its teachers itself
+        refuse_other_teachers(RunDirectory(directory), [(one.id, one.sha256) for one in teachers.identities])
     if record:
         record.add_provenance(**origin(prepared, teachers))
     module = make_distiller(settings, prepared, teachers)

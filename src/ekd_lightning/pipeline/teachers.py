@@ -35,7 +35,7 @@ from ekd_lightning.settings import Settings
 from ekd_lightning.teachers.store import TeacherStore
 from ekd_lightning.teachers.tabled import TabledTeachers
 from ekd_lightning.tracking.loggers import TeacherCurves
-from ekd_lightning.training.pool import gather_teachers, plan_teachers
+from ekd_lightning.training.pool import check_teachers, gather_teachers, plan_teachers
 from ekd_lightning.training.teacher_training import TeacherData
 
 log = logging.getLogger(__name__)
@@ -67,6 +67,7 @@ def obtain_teachers(
     curves = TeacherCurves(settings.logger, directory)
     data = TeacherData(dataset, subset, views, settings.teachers.train_on, curves, settings.capture)
     plans = plan_teachers(settings.teachers, data, accelerator)
+    check_teachers(plans)
     if on_start:
         on_start()
     with phase("teachers"):

@@ -362,8 +362,8 @@ class RunDirectory:
         """
         if not self.was_started():
             names = [CURVES, ARRAYS, STUDENT, f"{CHECKPOINTS}/{LAST}", f"{CHECKPOINTS}/{BEST}"]
-            if not (self.path / HYDRA).is_dir():
-                names.append(CONFIG)  # a refused job writes it, too
+            if not (self.file(STATUS) or (self.path / HYDRA).is_dir()):  # a refused job and ekd-teach write it, too
+                names.append(CONFIG)
             for path in filter(None, map(self.file, names)):
                 raise UserError(f"{path}: exists, and no run wrote it; give another hydra.run.dir, or move the file")
         if overwrite:

@@ -65,6 +65,17 @@ class TeacherStore:
         """Returns the path of the weights of the entry with this digest, whether they exist or not."""
         return self.root / "teachers" / digest / _WEIGHTS
 
+    def has(self, key: Mapping[str, Any]) -> bool:
+        """Whether the teacher of `key` is stored.
+
+        Raises:
+            UnwritableFileError: If it is not, and cannot be.
+        """
+        if self.path(key).is_file():
+            return True
+        self._lock(self.path(key).parent, "trains this teacher")
+        return False
+
     def cost(self, key: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the recorded cost of training `key`; empty if there is none."""
         return _kept(self.path(key).with_name(COST), read_json, "the cost of its training is unknown") or {}

@@ -30,6 +30,7 @@ from ekd_lightning.networks import (
     TeacherEnsemble,
     TeacherIdentity,
     build_network,
+    load_network,
     normalization,
     state_sha256,
 )
@@ -37,7 +38,7 @@ from ekd_lightning.settings import Settings
 from ekd_lightning.teachers.plan import PlannedTeacher, plan_source
 from ekd_lightning.teachers.store import TeacherStore
 from ekd_lightning.tracking.loggers import TeacherCurves
-from ekd_lightning.training.pool import gather_teachers
+from ekd_lightning.training.pool import check_teachers, gather_teachers
 from ekd_lightning.training.steps import check_optimizer
 from ekd_lightning.training.teacher_training import LinkTraining, link_method, train_assistant
 
@@ -71,7 +72,8 @@ class Chain:
     def last(self) -> PlannedTeacher:
         """Returns the plan of the student's teacher; to obtain it trains all assistants that the store lacks."""
         last = self.assistants[-1]
-        return PlannedTeacher(last.id, last.spec, "assistant", partial(_obtain, self))
+        obtain, is_ready = partial(_obtain, self), partial(_is_ready, self)
+        return PlannedTeacher(last.id, last.spec, "assistant", obtain, is_ready=is_ready)
 
 
 def plan_chain(
@@ -208,6 +210,18 @@ def _warn_of_sizes(
 
 def _not_obtained() -> tuple[StagedNetwork, dict[str, Any]]:
     raise AssertionError("this plan only describes the size of an assistant")
+
+
+def _is_ready(chain: Chain) -> bool:
+    """Whether the store has all assistants; raises if one is missing and cannot be stored, or a teacher is faulty."""
+    store, hashes = TeacherStore(Path(chain.training.settings.teachers.store)), check_teachers(chain.origins)
+    for assistant in chain.assistants:
+        # The key is unknown while its teachers are to be trained, but then the assistant is to be trained, too.
+        key = chain.training.key(assistant.spec, assistant.seed, [str(sha256) for sha256 in hashes])
+        if not store.has(key):
+            return False
+        hashes = [state_sha256(load_network(store.path(key)))]
+    return True
 
 
 def _obtain(chain: Chain) -> tuple[StagedNetwork, dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -93,11 +93,27 @@ def _of_classes(plan: PlannedTeacher, key: str, count: int) -> PlannedTeacher:
     return replace(plan, spec=spec, obtain=obtain, unknown=frozenset(range(count)))
 
 
+def check_teachers(plans: Sequence[PlannedTeacher]) -> list[str | None]:
+    """Reads the teachers that need no training, and checks that the others can be trained; changes no run.
+
+    Returns:
+        SHA-256 of each teacher's weights; None for one that has to be trained.
+
+    Raises:
+        UserError: If weights are missing, damaged or do not fit, or the store cannot be written.
+    """
+    found = {m: state_sha256(plans[m].obtain()[0]) if plans[m].is_ready() else None for m in _files_first(plans)}
+    return [found[m] for m in range(len(plans))]
+
+
+def _files_first(plans: Sequence[PlannedTeacher]) -> list[int]:
+    """Positions of the teachers, trained ones last: a damaged file is found at once and not after hours."""
+    return sorted(range(len(plans)), key=lambda m: plans[m].source == "trained")
+
+
 def gather_teachers(plans: list[PlannedTeacher]) -> TeacherEnsemble:
     """Loads or trains the planned teachers and freezes them."""
-    # Files are read before teachers are trained, so that a damaged one is found at once and not after hours.
-    order = sorted(range(len(plans)), key=lambda m: plans[m].source == "trained")
-    obtained = {m: plans[m].obtain() for m in track(order, "", "teachers")}
+    obtained = {m: plans[m].obtain() for m in track(_files_first(plans), "", "teachers")}
     members, identities = [], []
     for m, plan in enumerate(plans):
         network, detail = obtained[m]
@@ -177,7 +193,7 @@ def _plan_trained(
     statistics = normalization(entry.normalization or data.dataset.normalization)
     spec = NetworkSpec(network, data.dataset.num_classes, statistics, entry.options)
     build_network(spec)  # refuses an unknown network or option before other teachers are trained
-    return _plan_stored(settings, entry, spec, data, accelerator, {}, train_teacher)
+    return _plan_stored(settings, entry, spec, data, accelerator, {})
 
 
 def _plan_stored(
@@ -187,9 +203,12 @@ def _plan_stored(
     data: TeacherData,
     accelerator: str,
     initial: Mapping[str, Any],
-    train: Callable[..., StagedNetwork],
+    start: Callable[[], StagedNetwork] | None = None,
 ) -> PlannedTeacher:
-    """Plans a teacher that is trained unless the store has it; `initial` describes its initial weights in the key."""
+    """Plans a teacher that is trained unless the store has it.
+
+    `start` returns the network with its initial weights, see `train_teacher`; `initial` describes them in the key.
+    """
     check_optimizer(settings.recipe, "teachers.recipe")  # before other teachers are trained
     everything = "all" if data.dataset.val_index is None else "all but those for validation"
     key = {
@@ -205,13 +224,22 @@ def _plan_stored(
     }
     store = TeacherStore(Path(settings.store))
 
+    def is_ready() -> bool:
+        ready = store.has(key)
+        if not ready and start is not None:
+            start()
+        return ready
+
     def obtain() -> tuple[StagedNetwork, dict[str, Any]]:
-        network = store.get_or_train(
-            key, lambda scratch: train(spec, data, settings.recipe, entry.seed, scratch, accelerator)
-        )
+        def train(scratch: Path) -> StagedNetwork:
+            options = scratch, accelerator
+            head_only = entry.finetune == "head"
+            return train_teacher(spec, data, settings.recipe, entry.seed, *options, start=start, head_only=head_only)
+
+        network = store.get_or_train(key, train)
         return network, {"trained_on": data.train_on, "seed": entry.seed, "store_key": store.digest(key)}
 
-    return PlannedTeacher(f"{spec.name}-s{entry.seed}", spec, "trained", obtain)
+    return PlannedTeacher(f"{spec.name}-s{entry.seed}", spec, "trained", obtain, is_ready=is_ready)
 
 
 def _plan_library(
@@ -248,8 +276,7 @@ def _plan_library(
         # Local weights are read now, so that those that do not fit are refused before other teachers are trained.
         weights = detail if published else parts_sha256(load(fresh_head=True))
         initial = {"start": weights, "finetune": entry.finetune}
-        train = partial(train_teacher, start=partial(load, fresh_head=True), head_only=entry.finetune == "head")
-        return _plan_stored(settings, entry, spec, data, accelerator, initial, train)
+        return _plan_stored(settings, entry, spec, data, accelerator, initial, partial(load, fresh_head=True))
     predicted = weight_classes(spec, found.path, entry.state_key)
     classes = entry.classes
     if classes is None and predicted != spec.num_classes:
