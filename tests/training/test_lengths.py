@@ -39,9 +39,18 @@ def test_a_run_cut_inside_its_last_epoch_counts_what_ran(tiny_settings, tmp_path
     assert result["val_nll"] == pytest.approx(float(loss), rel=1e-4)
 
 
-def test_where_a_run_is_stopped_does_not_add_to_the_weights_that_may_be_best(tiny_settings, tmp_path):
-    words = ("recipe.epochs=2", "trainer.max_epochs=1", "trainer.check_val_every_n_epoch=2")
-    result = run(tiny_settings(*PLAIN, *words), tmp_path, config={})
+class StopsInside(pl.Callback):
+    """Stands for `trainer.max_time` that ends inside the first epoch."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop = batch_idx == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "callbacks"), [(("trainer.max_epochs=1", "trainer.check_val_every_n_epoch=2"), []), ((), [StopsInside()])]
+)
+def test_where_a_run_is_stopped_does_not_add_to_the_weights_that_may_be_best(tiny_settings, tmp_path, words, callbacks):
+    result = run(tiny_settings(*PLAIN, "recipe.epochs=2", *words), tmp_path, config={}, callbacks=callbacks)
     assert result["val_accuracy"] is not None
     assert (result.get("val_accuracy_best"), (tmp_path / "checkpoints/best.ckpt").exists()) == (None, False)
 

@@ -139,13 +139,31 @@ def checkpoint_callbacks(directory: Path, *, with_best: bool) -> list[ModelCheck
     The order matters: `last` is written after `best`, so that it holds the newest best score.
     """
     common: dict[str, Any] = {"dirpath": directory, "auto_insert_metric_name": False, "enable_version_counter": False}
-    callbacks = []
+    callbacks: list[ModelCheckpoint] = []
     if with_best:
         callbacks.append(
-            ModelCheckpoint(filename=Path(BEST).stem, monitor=BEST_METRIC, mode="max", save_top_k=1, **common)
+            BestCheckpoint(filename=Path(BEST).stem, monitor=BEST_METRIC, mode="max", save_top_k=1, **common)
         )
     callbacks.append(EndOfEpochCheckpoint(filename=Path(LAST).stem, monitor=None, save_top_k=1, **common))
     return callbacks
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps the best weights, except those with which a callback or `max_time` stops the training inside an epoch.
+
+    Lightning validates these, but a resumed run repeats the epoch and would not.
+    """
+
+    @property
+    def state_key(self) -> str:
+        """The key of Lightning's class, so that checkpoints of earlier versions keep their best score."""
+        return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
+
+    def _should_skip_saving_checkpoint(self, trainer: pl.Trainer) -> bool:
+        loop, interval = trainer.fit_loop.epoch_loop, trainer.val_check_batch
+        batch = loop.total_batch_idx if trainer.check_val_every_n_epoch is None else loop.batch_idx
+        due = loop.batch_progress.is_last_batch or (interval and (batch + 1) % interval == 0)
+        return bool(trainer.should_stop and not due) or super()._should_skip_saving_checkpoint(trainer)
 
 
 class EndOfEpochCheckpoint(ModelCheckpoint):
