@@ -12,7 +12,7 @@ from made_runs import result, write_run
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import DamagedFileError
 from ekd_lightning.runs import writer as module
-from ekd_lightning.runs.directory import FORMAT, ForeignRecordError, RunState
+from ekd_lightning.runs.directory import FORMAT, ForeignRecordError, RunState, sha256_of
 from ekd_lightning.runs.lock import DirectoryLock
 from ekd_lightning.runs.result import NotAResultError, Result
 from ekd_lightning.runs.writer import RunWriter, is_rank_zero
@@ -93,17 +93,30 @@ def test_a_new_run_forgets_an_older_one_but_nothing_else(tmp_path):
         "evaluation/tensorboard/events",
         "export/student.safetensors",
         "export/student.int8.onnx",
+        "export/README.md",
+        "export/export.json",
     )
     kept = ("config.yaml", "notes.txt", "export/notes.txt", "checkpoints/mine.ckpt")
     for name in (*old, *kept):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
+    (tmp_path / "export/export.json").write_text(json.dumps({"card_sha256": sha256_of(b"")}))
     own = RunWriter(tmp_path)
     own.finish(Result.of(result()))
     own.start(resumed=False)
     assert read(tmp_path / "status.json")["state"] == "running"
     assert [name for name in old if (tmp_path / name).exists()] == []
     assert [name for name in kept if (tmp_path / name).exists()] == list(kept)
+
+
+def test_a_new_run_keeps_an_edited_model_card(tmp_path):
+    own = RunWriter(write_run(tmp_path / "run", result()))
+    folder = own.path / "export"
+    folder.mkdir()
+    (folder / "README.md").write_text("edited")
+    (folder / "export.json").write_text(json.dumps({"card_sha256": sha256_of(b"")}))
+    own.start(resumed=False)
+    assert [path.name for path in folder.iterdir()] == ["README.md"]
 
 
 def states(path, *steps):

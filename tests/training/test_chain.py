@@ -98,6 +98,16 @@ def test_the_cost_of_the_chain_is_kept_apart_from_the_students(two_runs):
     assert (second["chain_seconds"], second["chain_stored_seconds"]) == (0, first["chain_stored_seconds"])
 
 
+def test_a_resumed_run_keeps_the_cost_of_its_chain(train, resume, tmp_path):
+    words = (*WORDS, "+method.chain.temperature=3", "recipe.epochs=2", "trainer.limit_train_batches=1")
+    first = train(tmp_path / "run", *words, "trainer.max_epochs=1").result
+    result = resume(tmp_path / "run", "trainer.max_epochs=2").result
+    assert first["chain_steps"] > 0
+    assert result["epochs_done"] == 2
+    for name in ("chain_seconds", "chain_steps", "chain_stored_seconds"):
+        assert result[name] == first[name]
+
+
 # -- what a link learns ------------------------------------------------------------------------------------
 
 

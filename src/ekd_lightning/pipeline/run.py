@@ -24,7 +24,7 @@ from ekd_lightning.networks import TeacherEnsemble, load_student, save_student, 
 from ekd_lightning.pipeline.context import EvaluationContext, refuse_other_images, refuse_other_teachers
 from ekd_lightning.pipeline.evaluation import evaluate_new_run
 from ekd_lightning.pipeline.prepare import Prepared, check_settings, describe_run, describe_teacher, origin, prepare
-from ekd_lightning.pipeline.teachers import choose_teacher, describe_chain, score_teachers
+from ekd_lightning.pipeline.teachers import choose_teacher, describe_chain, keep_chain_cost, score_teachers
 from ekd_lightning.runs.directory import CHECKPOINTS, CURVES, RunDirectory
 from ekd_lightning.runs.lock import DirectoryLock
 from ekd_lightning.runs.result import Result
@@ -140,11 +140,7 @@ def _run(
         if settings.resume is not None:
             refuse_other_images(RunDirectory(directory), settings, prepared.dataset, prepared.datamodule.unlabelled)
         facts = describe_run(settings, prepared)
-    with progress.phase("teachers"):
-        hashes = check_teachers(prepared.candidates or prepared.teachers)
-    if settings.resume is not None and not prepared.candidates:
-        ids = [plan.id for plan in prepared.teachers]
-        refuse_other_teachers(RunDirectory(directory), zip(ids, hashes, strict=True))
+    _check_teachers(settings, directory, prepared)
     _expect(settings, prepared)
     start()
     if record:
@@ -156,8 +152,10 @@ def _run(
             prepared = choose_teacher(settings, prepared, trainer.strategy.root_device)
         facts |= describe_teacher(settings, prepared)
         teachers = gather_teachers(prepared.teachers) if prepared.teachers else None
-    if settings.resume is not None and checkpoint is None and teachers:  # a checkpoint knows its teachers itself
-        refuse_other_teachers(RunDirectory(directory), [(one.id, one.sha256) for one in teachers.identities])
+    if settings.resume is not None and teachers:
+        if checkpoint is None:  # a checkpoint knows its teachers itself
+            refuse_other_teachers(RunDirectory(directory), [(one.id, one.sha256) for one in teachers.identities])
+        keep_chain_cost(RunDirectory(directory), teachers.identities[0])
     if record:
         record.add_provenance(**origin(prepared, teachers))
     module = make_distiller(settings, prepared, teachers)
@@ -180,6 +178,15 @@ def _run(
         result = _evaluate(settings, prepared, result, record, teachers, trainer.strategy.root_device)
         log_evaluation(loggers, result, record.arrays, prepared.dataset)
     return result
+
+
+def _check_teachers(settings: Settings, directory: Path, prepared: Prepared) -> None:
+    """Makes the checks of the teachers that need no training; a resumed run needs those that it had."""
+    with progress.phase("teachers"):
+        hashes = check_teachers(prepared.candidates or prepared.teachers)
+    if settings.resume is not None and not prepared.candidates:
+        ids = [plan.id for plan in prepared.teachers]
+        refuse_other_teachers(RunDirectory(directory), zip(ids, hashes, strict=True))
 
 
 def _evaluate(

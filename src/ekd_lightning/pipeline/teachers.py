@@ -30,6 +30,7 @@ from ekd_lightning.pipeline.prepare import (
     with_teachers,
 )
 from ekd_lightning.progress import advance, part, phase, track
+from ekd_lightning.runs.directory import RunDirectory
 from ekd_lightning.runs.writer import is_rank_zero
 from ekd_lightning.settings import Settings
 from ekd_lightning.teachers.store import TeacherStore
@@ -150,6 +151,19 @@ def score_teachers(
             }
         )
     return rows
+
+
+def keep_chain_cost(run: RunDirectory, teacher: TeacherIdentity) -> None:
+    """Marks the assistants that the store lacked in an earlier part of a resumed run, so that their cost stays its own.
+
+    Args:
+        run: The run, with the teachers of the earlier part on record.
+        teacher: Identity of the last assistant, whose links are changed; of a teacher without a chain nothing is.
+    """
+    recorded = [link for entry in run.provenance().get("teachers") or [] for link in entry.get("chain") or []]
+    missing = {link["sha256"] for link in recorded if not link["found"]}
+    for link in teacher.detail.get("chain", ()):
+        link["found"] &= link["sha256"] not in missing
 
 
 def describe_chain(

@@ -21,11 +21,21 @@ from filelock import FileLock
 
 from ekd_lightning import __version__
 from ekd_lightning.errors import loaded_plugins
-from ekd_lightning.files import UnwritableFileError, remove_parts, write_bytes, write_json, write_yaml
+from ekd_lightning.files import (
+    DamagedFileError,
+    UnwritableFileError,
+    file_sha256,
+    read_json,
+    remove_parts,
+    write_bytes,
+    write_json,
+    write_yaml,
+)
 from ekd_lightning.runs.directory import (
     ARRAYS,
     CURVES,
     CURVES_SUM,
+    EXPORT,
     FORMAT,
     INTERRUPTED,
     PROVENANCE,
@@ -49,6 +59,7 @@ _REPLACED = (
     "evaluation/wandb_run_id.txt",
     "teachers/*/wandb_run_id.txt",
     "export/student.*",
+    EXPORT,
     "tensorboard",
     "evaluation/tensorboard",
     "teachers/*/tensorboard",
@@ -82,11 +93,19 @@ class RunWriter(RunDirectory):
             (self.path / name).unlink(missing_ok=True)
         if not replaces:
             return
+        self._remove_model_card()
         for path in [path for pattern in _REPLACED for path in self.path.glob(pattern)]:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+
+    def _remove_model_card(self) -> None:
+        """Removes the card of the exported student, unless the user has edited it."""
+        card = (self.path / EXPORT).with_name("README.md")
+        with contextlib.suppress(FileNotFoundError, DamagedFileError):
+            if read_json(self.path / EXPORT).get("card_sha256") == file_sha256(card):
+                card.unlink()
 
     def add_provenance(self, **facts: Any) -> None:
         """Adds facts that are known only after the start, e.g. hashes of data and teachers."""
