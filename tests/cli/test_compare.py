@@ -560,6 +560,15 @@ def test_unlabelled_images_of_a_study_may_move_but_not_come_or_become_others(wor
         assert studies.union(beside, goes_on).common == ("recipe.epochs=3", word)
 
 
+def test_only_the_override_that_contradicts_a_study_is_named():
+    common = ("experiment=quick", "recipe.epochs=3", "teachers.store=here")
+    old = studies.Study((studies.RowPlan("ekd", ("method=ekd",)),), (0.1,), (0,), common, "digits")
+    new = studies.Study(old.rows, (0.1,), (0,), studies.continued(old, ("recipe.epochs=4",)), "digits")
+    with pytest.raises(UserError, match=r"^recipe\.epochs: the study in this folder has the common overrides"):
+        studies.union(old, new)
+    assert studies.continued(old, ("teachers.store=there", "recipe.epochs=3")) == (*common[:2], "teachers.store=there")
+
+
 def test_runs_can_go_side_by_side(words, tmp_path):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     folder = tmp_path / "c"

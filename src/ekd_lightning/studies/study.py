@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from ekd_lightning.config.overrides import computing, is_hydras, is_under, key_of, may_be_given
+from ekd_lightning.config.overrides import computing, is_hydras, is_under, key_of
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import read_json, write_json
 from ekd_lightning.runs.collection import RunEntry
@@ -221,14 +221,12 @@ def _read_numbers(path: Path, name: str, values: Sequence[object]) -> tuple[Any,
 
 
 def continued(old: Study, words: tuple[str, ...]) -> tuple[str, ...]:
-    """The common overrides of a continued study: the recorded ones and the given ones, if these may change.
+    """The common overrides of a continued study: the recorded ones, with the given ones in their places or added.
 
-    If another setting is given, the given overrides alone; `union` then compares them with the recorded ones.
+    `union` refuses those that may not change.
     """
-    if not all(may_be_given(word) for word in words):
-        return words
-    given = {key_of(word) for word in words}
-    return (*(word for word in old.common if key_of(word) not in given), *words)
+    given = {key_of(word): word for word in words}
+    return (*[given.pop(key_of(word), word) for word in old.common], *given.values())
 
 
 def union(old: Study, new: Study) -> Study:
