@@ -113,8 +113,10 @@ def _cost_panel(axes: Axes, groups: Sequence[Group], key: str, styles: LineStyle
         xs, ys = zip(*front, strict=True)
         line: dict[str, Any] = {"color": fs.GREY, "linestyle": "--", "linewidth": 1, "label": "Pareto front"}
         axes.step(xs, [100 * y for y in ys], where="post", **line)
-    places = beside([_cost(group, key) for group in groups])
-    for group, place in zip(groups, places, strict=True):
+    costs = [_cost(group, key) for group in groups]
+    if max(costs) == min(costs):  # or the axis would zoom in on the distances of `beside`
+        axes.set_xlim(0, 2 * max(costs) or 1)
+    for group, place in zip(groups, beside(costs), strict=True):
         value, known = accuracy(group), group.label in named
         style = styles(group.label) if known else {"color": fs.PALE, "marker": "o"}
         face = "white" if value.half is None else style["color"]
@@ -128,7 +130,7 @@ def _cost_panel(axes: Axes, groups: Sequence[Group], key: str, styles: LineStyle
 
 def beside(costs: Sequence[float]) -> list[float]:
     """Places of points, with points of equal cost slightly beside each other."""
-    width = max(costs) - min(costs) or 1.0
+    width = max(costs) - min(costs) or 2 * max(costs) or 1.0
     places = []
     for position, cost in enumerate(costs):
         same = [at for at, other in enumerate(costs) if other == cost]
