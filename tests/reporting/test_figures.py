@@ -117,7 +117,7 @@ def test_points_of_equal_cost_stand_beside_each_other_where_their_cost_is_read(t
     with fs.style():
         (drawn,) = figures.by_cost(make_report(collect([tmp_path])), fs.LineStyles([]))
         panel = drawn.figure.axes[0]
-        places = [float(one.lines[0].get_xdata()[0]) for one in panel.containers]
+        places = [float(one[0].get_xdata()[0]) for one in panel.containers]
         left, right = panel.get_xlim()
     assert len(set(places)) == 3
     for place, cost in zip(sorted(places), sorted(costs), strict=True):

@@ -154,16 +154,31 @@ class BestCheckpoint(ModelCheckpoint):
     Lightning validates these, but a resumed run repeats the epoch and would not.
     """
 
-    @property
-    def state_key(self) -> str:
-        """The key of Lightning's class, so that checkpoints of earlier versions keep their best score."""
-        return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
+    state_key: str = ""  # a constant, as Lightning asks for it in every step
 
-    def _should_skip_saving_checkpoint(self, trainer: pl.Trainer) -> bool:
-        loop, interval = trainer.fit_loop.epoch_loop, trainer.val_check_batch
-        batch = loop.total_batch_idx if trainer.check_val_every_n_epoch is None else loop.batch_idx
-        due = loop.batch_progress.is_last_batch or (interval and (batch + 1) % interval == 0)
-        return bool(trainer.should_stop and not due) or super()._should_skip_saving_checkpoint(trainer)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        # That of Lightning's class, so that checkpoints of earlier versions keep their best score.
+        own = ModelCheckpoint.state_key.__get__(self)
+        self.state_key = own.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Saves after a validation of the schedule."""
+        if _is_due(trainer):
+            super().on_validation_end(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Saves, unless the training was stopped inside the epoch."""
+        if _is_due(trainer):
+            super().on_train_epoch_end(trainer, pl_module)
+
+
+def _is_due(trainer: pl.Trainer) -> bool:
+    """Whether the schedule asks for a validation after this batch, and not only the end of a stopped training."""
+    loop, interval = trainer.fit_loop.epoch_loop, trainer.val_check_batch
+    batch = loop.total_batch_idx if trainer.check_val_every_n_epoch is None else loop.batch_idx
+    at_interval = interval is not None and interval > 0 and (batch + 1) % interval == 0
+    return not trainer.should_stop or loop.batch_progress.is_last_batch or at_interval
 
 
 class EndOfEpochCheckpoint(ModelCheckpoint):
