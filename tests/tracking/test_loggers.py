@@ -12,7 +12,7 @@ from wandb_files import config_of, history_of, offline_runs, records, rows, run_
 from ekd_lightning.errors import UserError
 from ekd_lightning.roles import check_values
 from ekd_lightning.settings import LoggerSettings, WandbSettings
-from ekd_lightning.tracking.loggers import MetricsCsv, finish_loggers, make_loggers, wandb_run_id
+from ekd_lightning.tracking.loggers import MetricsCsv, describe_metrics, finish_loggers, make_loggers, wandb_run_id
 
 FAST = ("method=branched_ce", "student.branches=2", "trainer.limit_train_batches=2")
 SECTIONS = ("evaluation/", "validation/", "calibration/", "diversity/", "fidelity/", "generalisation/", "efficiency/")
@@ -20,6 +20,17 @@ SECTIONS = ("evaluation/", "validation/", "calibration/", "diversity/", "fidelit
 
 
 # -- metrics.csv ----------------------------------------------------------------------------------------
+
+
+def test_a_missing_login_of_wandb_is_one_line(tmp_path, monkeypatch):
+    def refused(**_):
+        raise wandb.errors.UsageError("No API key configured.\nUse `wandb login`")
+
+    monkeypatch.setattr(wandb, "init", refused)
+    settings = LoggerSettings(wandb=WandbSettings(enabled=True))
+    loggers = make_loggers(settings, tmp_path, name="run", sweep=None, config={})
+    with pytest.raises(UserError, match=r"^logger.wandb: No API key configured. Use .*mode=offline needs no login\)$"):
+        describe_metrics(loggers)
 
 
 def test_values_of_one_step_share_a_row(tmp_path):

@@ -271,10 +271,13 @@ def describe_metrics(loggers: list[Logger], columns: dict[str, Any] | None = Non
     Args:
         loggers: The run's loggers.
         columns: Flat facts of the run, as columns beside the nested configuration.
+
+    Raises:
+        UserError: If W&B starts no run, for example without a login.
     """
     for logger in loggers:
         if isinstance(logger, WandbLogger):  # on other ranks `experiment` is a dummy
-            run = logger.experiment
+            run = _started(logger)
             _log_wandb_run(run)
             run.define_metric("epoch", hidden=True)
             run.define_metric("trainer/global_step", hidden=True)
@@ -283,6 +286,16 @@ def describe_metrics(loggers: list[Logger], columns: dict[str, Any] | None = Non
                 run.define_metric(name, step_metric="epoch", summary=summary)
             if columns:
                 run.config.update(columns, allow_val_change=True)
+
+
+def _started(logger: WandbLogger) -> Any:
+    import wandb  # noqa: PLC0415 (slow to import, and only where it is selected)
+
+    try:
+        return logger.experiment
+    except wandb.errors.UsageError as error:
+        advice = "`wandb login` logs in, logger.wandb.mode=offline needs no login"
+        raise UserError(f"logger.wandb: {one_line(error)} ({advice})") from None
 
 
 _RENAMED = {"method": "method_name", "data": "data_name", "student": "student_network"}
