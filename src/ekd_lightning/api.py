@@ -16,7 +16,14 @@ from pytorch_lightning import Callback
 from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 
 from ekd_lightning.config.config import build_callbacks, compose_settings, import_user_modules, write_config
-from ekd_lightning.config.directory import DIRECTORY, agree, new_directory, passed_to_ranks, remove_unused
+from ekd_lightning.config.directory import (
+    DIRECTORY,
+    agree,
+    is_started_rank,
+    new_directory,
+    passed_to_ranks,
+    remove_unused,
+)
 from ekd_lightning.config.edge import OnScreen, config_error, logged_as_by_commands
 from ekd_lightning.config.internals import initialized, options_of
 from ekd_lightning.config.overrides import override
@@ -139,7 +146,7 @@ def distill(
             result = run(settings, place, config=config, callbacks=all_callbacks, on_start=start)
         finally:
             remove_unused()
-    if _is_started_rank():
+    if is_started_rank():
         sys.exit()  # the rest of the script is for the process that started it
     return Run(result, place)
 
@@ -203,14 +210,9 @@ def _data_words(data: str | Path) -> list[str]:
     return [f"data={data}"]
 
 
-def _is_started_rank() -> bool:
-    """Whether the `distill` of another process has started this one."""
-    return DIRECTORY in os.environ and int(os.environ.get("LOCAL_RANK", "0")) > 0
-
-
 def _place(settings: Settings, directory: str | Path | None) -> Path:
     """The run's directory, the same in all processes that Lightning, torchrun or SLURM start."""
-    if _is_started_rank():
+    if is_started_rank():
         return Path(os.environ[DIRECTORY])
     if directory is not None:
         return Path(directory).absolute()

@@ -83,8 +83,8 @@ def claim_output(config: DictConfig, kind: str, claim: Callable[[Path], object] 
         OSError: If it cannot be made.
     """
     key = f"hydra.{kind}.dir"
-    if DIRECTORY in os.environ and int(os.environ.get("LOCAL_RANK", "0")) > 0:
-        directory = Path(os.environ[DIRECTORY])  # another rank of the job started this process
+    if is_started_rank():
+        directory = Path(os.environ[DIRECTORY])
     else:
         check_name("method.name", OmegaConf.select(config, "method.name", default="none"))
         data = OmegaConf.select(config, "data.name", default="none")
@@ -219,6 +219,11 @@ def _meeting_place() -> tuple[Any, int, int]:
     # The port after Lightning's, which Lightning opens itself right after this.
     place, rank = (slurm.main_address, slurm.main_port + 1), slurm.global_rank()
     return _store()(*place, world, is_master=rank == 0, timeout=_PATIENCE), world, rank
+
+
+def is_started_rank() -> bool:
+    """Whether Lightning, in another process of this package, has started this one as a further rank of its run."""
+    return DIRECTORY in os.environ and int(os.environ.get("LOCAL_RANK", "0")) > 0
 
 
 def started_by_others() -> bool:
