@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import select
 import shlex
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +18,7 @@ import torch
 from whole_runs import TINY
 
 from ekd_lightning.bench import measurements, summary, take_turns
-from ekd_lightning.bench.cost import GROUPS, by_group, load_cached, load_plain, step_profile, write_folder
+from ekd_lightning.bench.cost import GROUPS, _output_of, by_group, load_cached, load_plain, step_profile, write_folder
 from ekd_lightning.bench.ours import BareLoop
 from ekd_lightning.bench.page import page
 from ekd_lightning.bench.parts import Bench, agreement, careful_epoch, sweep
@@ -40,6 +44,26 @@ def test_ways_take_turns_and_the_warm_up_does_not_count():
     found = summary(rates, "one")
     assert found["two"] == {"median": 4, "min": 2, "max": 24, "ratio": 2.0}  # ratios 2, 0.5, 4
     assert found["one"]["ratio"] == 1.0
+
+
+def test_an_interrupt_ends_a_measurement_with_all_its_processes(monkeypatch, tmp_path):
+    held = tmp_path / "held"
+    os.mkfifo(held)
+    waits = f"import signal; file = open({str(held)!r}, 'w'); file.write('x'); file.flush(); signal.pause()"
+    starts = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+
+    def interrupted(process):
+        with held.open() as file:
+            assert file.read(1) == "x"  # the second process runs
+            raise KeyboardInterrupt
+
+    reader = os.open(held, os.O_RDONLY | os.O_NONBLOCK)
+    monkeypatch.setattr(subprocess.Popen, "communicate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _output_of([sys.executable, "-c", starts, waits])
+    assert select.select([reader], [], [], 60)[0]
+    assert os.read(reader, 1) == b""  # the end: nobody holds it open for writing any more
+    os.close(reader)
 
 
 def test_pil_images_are_the_images_when_nothing_moves():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -17,8 +18,8 @@ from omegaconf import OmegaConf
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from whole_runs import call_teach, call_train
 
-from ekd_lightning import errors
-from ekd_lightning.config import directory
+from ekd_lightning import cli, errors
+from ekd_lightning.config import directory, edge
 from ekd_lightning.config.config import compose_settings, register_schema
 from ekd_lightning.config.edge import ConsoleLines, logged_as_by_commands, one_line, run_program
 from ekd_lightning.errors import UserError
@@ -132,26 +133,60 @@ def interrupted_by_lightning() -> None:
         sys.exit(1)
 
 
+def terminated() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def terminated_twice() -> None:
+    try:
+        terminated()
+    except KeyboardInterrupt:
+        terminated()  # while the first is being handled
+        raise KeyboardInterrupt("to continue: ekd-y") from None
+
+
 def told_before() -> None:
     with one_line("inner"):
         raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(
-    ("body", "line"),
+    ("body", "line", "code"),
     [
-        (fail(KeyboardInterrupt()), "ekd-x: interrupted"),
-        (fail(KeyboardInterrupt("2 of 3 done")), "ekd-x: interrupted: 2 of 3 done"),
-        (interrupted_by_lightning, "ekd-x: interrupted"),
-        (fail(SIGTERMException()), "ekd-x: interrupted"),
-        (told_before, "inner: interrupted"),
+        (fail(KeyboardInterrupt()), "ekd-x: interrupted", 130),
+        (fail(KeyboardInterrupt("2 of 3 done")), "ekd-x: interrupted: 2 of 3 done", 130),
+        (interrupted_by_lightning, "ekd-x: interrupted", 130),
+        (told_before, "inner: interrupted", 130),
+        (terminated, "ekd-x: interrupted", 143),
+        (terminated_twice, "ekd-x: interrupted: to continue: ekd-y", 143),
+        (fail(SIGTERMException()), "ekd-x: interrupted", 143),
     ],
 )
-def test_an_interruption_is_one_line(capsys, body, line):
-    with pytest.raises(SystemExit) as stop:
-        run_program("ekd-x", body)
-    assert stop.value.code == 130
-    assert capsys.readouterr().err == line + "\n"
+def test_an_interruption_is_one_line(capsys, body, line, code):
+    before = signal.getsignal(signal.SIGTERM)
+    for _ in range(2):  # a second command of the same process ends in the same way
+        with pytest.raises(SystemExit) as stop:
+            run_program("ekd-x", body)
+        assert stop.value.code == code
+        assert capsys.readouterr().err == line + "\n"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_fork_that_is_terminated_dies_by_the_signal(monkeypatch):
+    handler, own, done = edge._Termination(), os.getpid(), []
+    monkeypatch.setattr(os, "getpid", lambda: own + 1)
+    monkeypatch.setattr(os, "kill", lambda *call: done.append(call))
+    monkeypatch.setattr(signal, "signal", lambda *call: done.append(call))
+    handler(signal.SIGTERM, None)
+    assert done == [(signal.SIGTERM, signal.SIG_DFL), (own + 1, signal.SIGTERM)]
+
+
+def test_ctrl_c_while_modules_are_imported_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["/bin/ekd-x"])
+    cli._in_one_line(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert capsys.readouterr().err == "ekd-x: interrupted\n"
+    cli._in_one_line(ValueError, ValueError("ours"), None)
+    assert capsys.readouterr().err == "ValueError: ours\n"
 
 
 def test_what_libraries_say_at_length_is_cut_between_words():

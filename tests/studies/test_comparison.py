@@ -14,7 +14,7 @@ from made_runs import entry, result
 from rich.console import Console
 from scipy import stats
 
-from ekd_lightning.config import edge
+from ekd_lightning.config import output
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import read_json, write_json
 from ekd_lightning.reporting import tables
@@ -161,7 +161,7 @@ def test_in_a_pipe_a_row_is_a_line_with_its_whole_error(capsys):
     runs, error = study(), "no such stage " * 30 + "[x]"
     runs["ekd"][2] = run("ekd", 2, None, state="failed", error=error)
     found = study_rows(block(runs))
-    edge.print_wide(tables.printed_table("digits", found, edge.terminal_width()))
+    output.print_wide(tables.printed_table("digits", found, output.terminal_width()))
     lines = capsys.readouterr().out.splitlines()
     assert all(line == line.rstrip() for line in lines)
     title, heads, _, *told = filter(None, lines)

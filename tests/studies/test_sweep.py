@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from ekd_lightning.config import edge
+from ekd_lightning.config import output
 from ekd_lightning.config.config import register_schema
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import read_json, write_json
@@ -475,7 +475,7 @@ def test_a_row_per_run_with_the_highest_accuracy_marked():
 
 def test_lists_and_paths_in_brackets_are_shown_as_they_are(capsys):
     rows = [row(f"[{end}]", 0.5, x=value) for end, value in (("red", "[a,b]"), ("/x", "[/data/x]"))]
-    edge.print_wide(*sweep_tables(rows, FOLDER))
+    output.print_wide(*sweep_tables(rows, FOLDER))
     lines = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
     assert ["[red]", "[a,b]"] in lines
     assert ["[/x]", "[/data/x]"] in lines

@@ -19,7 +19,7 @@ import weakref
 import pytest
 from lightning_fabric.utilities.warnings import _custom_format_warning
 
-from ekd_lightning.config import edge
+from ekd_lightning.config import edge, output
 from ekd_lightning.progress import UNSEEN, phase, reported_by, session, track
 
 pyte = pytest.importorskip("pyte")
@@ -145,7 +145,9 @@ def test_what_the_terminal_adds_to_the_last_row_leaves_nothing_behind(terminal):
 def test_numbers_of_a_narrow_table_stay_whole(terminal):
     terminal = terminal()
     rows = [("a name of more than forty letters, say so", "10.28", "1,223,854", "27.2 M", "18", "123")]
-    edge.print_table("runs", ("", "test accuracy %", "parameters", "MACs", "training s", "images/s"), rows, left=("",))
+    output.print_table(
+        "runs", ("", "test accuracy %", "parameters", "MACs", "training s", "images/s"), rows, left=("",)
+    )
     said = "\n".join(terminal.lines())
     for whole in (*rows[0][1:], "accuracy", "parameters", "training", "images/s"):
         assert whole in said

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -92,9 +94,27 @@ def memory(bench: Bench) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         words = [*bench.overrides, "recipe.epochs=1", override("hydra.run.dir", folder)]
         command = [sys.executable, "-c", _CHILD, sys.executable, "-m", "ekd_lightning.cli.train", *words]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        last = _output_of(command)[-1]
     unit = 1 if sys.platform == "darwin" else 1024  # bytes per unit of ru_maxrss
-    return {"run_gb": int(done.stdout.split()[-1]) * unit / 1e9}
+    return {"run_gb": int(last) * unit / 1e9}
+
+
+def _output_of(command: Sequence[str]) -> list[str]:
+    """Lines that a command prints; an interrupt ends it with all processes that it has started.
+
+    Raises:
+        subprocess.CalledProcessError: If it fails.
+    """
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
+        try:
+            out, err = process.communicate()
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command, out, err)
+    return out.splitlines()
 
 
 _BETWEEN = "import subprocess, sys; subprocess.run(sys.argv[1:], check=True)"
@@ -122,8 +142,7 @@ def folder_loading(bench: Bench) -> dict[str, Any]:
         def rate(name: str, *words: object, workers: int = 0) -> float:
             # A small process in between: on Linux a process inherits the peak memory of its parent.
             command = [sys.executable, "-c", _BETWEEN, sys.executable, "-c", _LOADER, *map(str, words)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            seconds, own, child = json.loads(done.stdout.splitlines()[-1])
+            seconds, own, child = json.loads(_output_of(command)[-1])
             unit = 1 if sys.platform == "darwin" else 1024
             used = (own + workers * child) * unit / 1e9
             memory_gb[name] = max(used, memory_gb.get(name, 0.0))

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ekd_lightning.config.commands import print_next
-from ekd_lightning.config.edge import check_options, make_parser, print_table, run_command
+from ekd_lightning.config.edge import check_options, make_parser, run_command
+from ekd_lightning.config.output import print_table
 from ekd_lightning.config.overrides import check_typed, shell_word
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import write_json, write_text

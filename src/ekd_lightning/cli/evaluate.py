@@ -13,7 +13,8 @@ from rich.text import Text
 
 from ekd_lightning.config.commands import print_next, report_command, trusting, typed, unused
 from ekd_lightning.config.config import recorded_settings
-from ekd_lightning.config.edge import make_parser, parse_names, print_table, run_command
+from ekd_lightning.config.edge import make_parser, parse_names, run_command
+from ekd_lightning.config.output import print_table
 from ekd_lightning.errors import UserError
 from ekd_lightning.progress import importing, phase, session
 from ekd_lightning.runs.collection import finished_runs

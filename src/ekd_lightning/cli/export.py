@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ekd_lightning.config.commands import print_next, report_command, trusting, typed
 from ekd_lightning.config.config import recorded_settings
-from ekd_lightning.config.edge import check_options, make_parser, parse_names, print_table, run_command
+from ekd_lightning.config.edge import check_options, make_parser, parse_names, run_command
+from ekd_lightning.config.output import print_table
 from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.progress import phase, session
 from ekd_lightning.roles import COUNT

@@ -13,7 +13,8 @@ from omegaconf import DictConfig
 from ekd_lightning.config.commands import print_next
 from ekd_lightning.config.config import import_user_modules, register_schema, to_settings
 from ekd_lightning.config.directory import JobOutput, remove_unused
-from ekd_lightning.config.edge import one_line, print_table, run_program
+from ekd_lightning.config.edge import one_line, run_program
+from ekd_lightning.config.output import print_table
 from ekd_lightning.config.overrides import check_typed, config_flags, key_of
 from ekd_lightning.errors import UserError
 from ekd_lightning.progress import importing, phase, session

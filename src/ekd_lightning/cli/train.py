@@ -21,7 +21,8 @@ from ekd_lightning import progress
 from ekd_lightning.config.commands import compare_command, print_next, report_command, typed, typed_resume
 from ekd_lightning.config.config import build_callbacks, register_schema, to_plain, to_settings, warn_without_effect
 from ekd_lightning.config.directory import JobOutput, ddp_reruns_this_job, remove_unused
-from ekd_lightning.config.edge import OFF_SCREEN, is_interrupt, one_line, print_table, quiet_libraries, run_program
+from ekd_lightning.config.edge import OFF_SCREEN, is_interrupt, one_line, quiet_libraries, run_program
+from ekd_lightning.config.output import print_table
 from ekd_lightning.config.overrides import (
     check_place,
     check_typed,

@@ -1,4 +1,4 @@
-"""Edge of the commands: parsers, exit codes, log lines and tables; a user's mistake becomes one line, no traceback."""
+"""Edge of the commands: parsers, exit codes and log lines; a user's mistake becomes one line, no traceback."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import contextlib
 import logging
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -19,9 +21,6 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
-from rich import box
-from rich.console import Console, RenderableType
-from rich.table import Table
 
 from ekd_lightning.errors import STARTED_IN, UserError, unknown_name, users_line
 from ekd_lightning.progress import Lines, Reporter, Session, reported_by
@@ -31,8 +30,7 @@ from ekd_lightning.runs.writer import is_rank_zero
 OFF_SCREEN = {"off_screen": True}
 """`extra` of a log line that goes to the log file only, because the screen shows its content in another way."""
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130  # of shells, for a program that Ctrl-C has ended
-_ANY_WIDTH = 100_000  # of lines in a pipe or file, where nothing is folded
+EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143  # of shells, for a program that Ctrl-C or SIGTERM has ended
 
 
 def make_parser(program: str, description: str, examples: str) -> argparse.ArgumentParser:
@@ -67,7 +65,7 @@ def run_command(
     args = parser.parse_intermixed_args(argv)
     if level is not None:
         logging.basicConfig(level=level, handlers=[ConsoleLines(sys.stderr)])
-    with one_line(parser.prog), _started_here(), _shown():
+    with one_line(parser.prog), terminated_as_interrupted(), _started_here(), _shown():
         complete = body(args)
     if complete is False:
         sys.exit(1)
@@ -103,7 +101,7 @@ def parse_names(option: str, text: str, allowed: Collection[str]) -> list[str]:
 
 
 def run_program(program: str, body: Callable[[], object]) -> None:
-    """Runs `body`; a user's mistake becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
+    """Runs `body`; mistakes and interrupts end as in `one_line`.
 
     Other exceptions are bugs and keep their traceback.
     """
@@ -118,7 +116,9 @@ def run_program(program: str, body: Callable[[], object]) -> None:
         from ekd_lightning.config import internals  # noqa: PLC0415 (a plain run needs none of it)
 
         internals.hide_from_help("study")  # declared studies, for ekd-compare --study
-    with one_line(program), _started_here(), _shown(), users_files_first(sys.argv[1:]):
+    with (
+        one_line(program), terminated_as_interrupted(), _started_here(), _shown(), users_files_first(sys.argv[1:])
+    ):  # fmt: skip
         body()
 
 
@@ -256,11 +256,42 @@ def _started_here() -> Iterator[None]:
         os.environ.pop(STARTED_IN, None)
 
 
+class _Termination:
+    """Handler of SIGTERM that interrupts this process as Ctrl-C does, once, and remembers that it has."""
+
+    came = False
+
+    def __init__(self) -> None:
+        self._process = os.getpid()
+        _Termination.came = False
+
+    def __call__(self, number: int, frame: object) -> None:
+        if os.getpid() != self._process:  # a fork, whose parent ends it
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif not _Termination.came:  # `timeout` sends it twice
+            _Termination.came = True
+            raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """Lets SIGTERM interrupt the block like Ctrl-C, so that children are stopped and files closed."""
+    if threading.current_thread() is not threading.main_thread():  # only there a handler can be set
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _Termination())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @contextlib.contextmanager
 def one_line(program: str) -> Iterator[None]:
     """Turns a user's mistake or interrupt within the block into one line on stderr.
 
-    A mistake exits with code 2, Ctrl-C or SIGTERM with code 130.
+    A mistake exits with code 2, Ctrl-C with code 130, SIGTERM with code 143.
     """
     try:
         yield
@@ -270,7 +301,7 @@ def one_line(program: str) -> Iterator[None]:
         what = str(stop) if isinstance(stop, KeyboardInterrupt) else ""
         if is_rank_zero():
             print(f"{program}: interrupted" + (f": {what}" if what else ""), file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+        sys.exit(EXIT_TERMINATED if _Termination.came or _is_lightnings(stop) else EXIT_INTERRUPTED)
     except (HydraException, OmegaConfBaseException) as error:
         _exit(program, config_error(error))
     except Exception as error:
@@ -305,9 +336,14 @@ def ending_callback(program: str) -> Iterator[None]:
 def is_interrupt(error: BaseException) -> bool:
     """Whether an exception is an unreported Ctrl-C or SIGTERM, which Lightning turns into SystemExit."""
     if isinstance(error, SystemExit):
-        terminated = type(error).__name__ == "SIGTERMException"  # its own exit code is 0
-        return (terminated or isinstance(error.__context__, KeyboardInterrupt)) and error.code != EXIT_INTERRUPTED
+        told = error.code in (EXIT_INTERRUPTED, EXIT_TERMINATED)
+        return (_is_lightnings(error) or isinstance(error.__context__, KeyboardInterrupt)) and not told
     return isinstance(error, KeyboardInterrupt)
+
+
+def _is_lightnings(error: BaseException) -> bool:
+    """Whether it is what Lightning raises after SIGTERM in a job that a launcher started; its own exit code is 0."""
+    return type(error).__name__ == "SIGTERMException"
 
 
 def _exit(program: str, message: str) -> None:
@@ -342,47 +378,3 @@ def config_error(error: Exception) -> str:
         return f"cannot read the override {error.override!r}: {telling[0]}"
     text = "; ".join(telling[:2])
     return f"{key}: {text}" if key and key not in text else text
-
-
-def print_table(
-    title: str, heads: Sequence[str], rows: Iterable[Sequence[RenderableType]], *, left: Collection[str] = ()
-) -> None:
-    """Prints a table on standard output.
-
-    Args:
-        title: Title above the table.
-        heads: Names of the columns.
-        rows: Cells of each row.
-        left: Left-aligned columns, for texts; the others hold numbers.
-    """
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for head in heads:
-        table.add_column(head, justify="left" if head in left else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console = _console()
-    if console.measure(table, options=console.options.update_width(1000)).maximum > console.width:
-        for column in table.columns:  # numbers stay whole and their heads break between words
-            if column.justify == "right":
-                column.max_width = max(map(len, [*str(column.header).split(), *map(str, column.cells)]))
-    print_wide(table)
-
-
-def print_wide(*parts: RenderableType) -> None:
-    """Prints tables and texts on standard output; unless it is a terminal, each row is one line of any length."""
-    console = _console()
-    for part in parts:
-        with contextlib.nullcontext() if console.is_terminal else console.capture() as printed:
-            console.print(part)
-        if printed:
-            print(*(line.rstrip() for line in printed.get().splitlines()), sep="\n")
-
-
-def terminal_width() -> int | None:
-    """Characters of a line of standard output; None unless it is a terminal."""
-    console = Console(file=sys.stdout)
-    return console.width if console.is_terminal else None
-
-
-def _console() -> Console:
-    return Console(file=sys.stdout, highlight=False, markup=False, width=terminal_width() or _ANY_WIDTH)

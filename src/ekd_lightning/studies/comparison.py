@@ -10,7 +10,7 @@ from typing import Any
 
 from ekd_lightning import markdown as md
 from ekd_lightning.config.commands import typed
-from ekd_lightning.config.edge import print_wide, terminal_width
+from ekd_lightning.config.output import print_wide, terminal_width
 from ekd_lightning.files import write_text
 from ekd_lightning.reporting import tables
 from ekd_lightning.reporting.blocks import Block, block_of_rows

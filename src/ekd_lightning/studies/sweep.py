@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ekd_lightning.config.commands import print_next, report_command, typed, typed_resume
-from ekd_lightning.config.edge import print_wide
+from ekd_lightning.config.output import print_wide
 from ekd_lightning.config.overrides import SWEEP_FILE, key_of
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import DamagedFileError, read_json, write_json

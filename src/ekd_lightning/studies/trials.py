@@ -25,7 +25,7 @@ from optuna.storages._heartbeat import get_heartbeat_thread
 from optuna.trial import FrozenTrial, TrialState
 
 from ekd_lightning.config.commands import called, compare_command, print_next, typed
-from ekd_lightning.config.edge import print_table
+from ekd_lightning.config.output import print_table
 from ekd_lightning.config.overrides import Scalar, key_of, override, shell_word
 from ekd_lightning.data.order import hash_uniform_u64
 from ekd_lightning.errors import UserError
