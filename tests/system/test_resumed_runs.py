@@ -95,6 +95,13 @@ def test_a_resumed_run_says_so(halves):
     assert halves.result["train_seconds"] > 0
 
 
+def test_a_run_may_move_before_it_is_resumed(train, resume, tmp_path, whole):
+    assert train(tmp_path / "old", *FOUR, "trainer.max_epochs=3").code == 0
+    shutil.move(tmp_path / "old", tmp_path / "new")
+    assert resume(tmp_path / "new", "trainer.max_epochs=4").code == 0
+    assert_same_run(tmp_path / "new", whole.directory)
+
+
 def test_live_teachers_give_a_resumed_run_the_same_targets(train, resume, tmp_path):
     live = (*FOUR, "recipe.epochs=2", "teachers.table=off")
     reference = train(tmp_path / "whole", *live)

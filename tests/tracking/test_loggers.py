@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -145,6 +146,15 @@ def test_curves_and_summary(ran):
     wanted = ("test_accuracy", "num_parameters", "test_mean_branch_accuracy", "test_adaptive_ece", "train_seconds")
     assert {name: summary[name] for name in wanted} == {name: result[name] for name in wanted}
     assert summary["test_branch_accuracy_1"] == result["test_branch_accuracy"][1]
+
+
+def test_the_best_checkpoint_alone_has_the_alias_best(train, tmp_path):
+    words = ("logger=wandb", "logger.wandb.mode=offline", "logger.wandb.log_model=true", "recipe.epochs=2")
+    assert train(tmp_path / "run", *FAST, *words).code == 0
+    (folder,) = offline_runs(tmp_path / "run")
+    models = [artifact for artifact in records(folder)["artifact"] if artifact.type == "model"]
+    aliases = {json.loads(model.metadata)["original_filename"]: sorted(model.aliases) for model in models}
+    assert aliases == {"best.ckpt": ["best", "latest"], "last.ckpt": ["latest"]}
 
 
 def test_a_resumed_run_keeps_its_id(train, resume, tmp_path):

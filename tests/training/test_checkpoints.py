@@ -71,6 +71,20 @@ class Malicious:
         return os.system, ("false",)
 
 
+def test_the_best_score_moves_with_the_runs_directory(tmp_path):
+    best, last = checkpoint_callbacks(tmp_path / "old", with_best=True)
+    best.best_model_score = torch.tensor(0.5)
+    best.best_model_path = best.kth_best_model_path = str(tmp_path / "old" / "best.ckpt")
+    best.best_k_models = {best.best_model_path: best.best_model_score}
+    moved, moved_last = checkpoint_callbacks(tmp_path / "new", with_best=True)
+    moved.load_state_dict(best.state_dict())
+    moved_last.load_state_dict(last.state_dict())
+    path = str(tmp_path / "new" / "best.ckpt")
+    assert (moved.best_model_path, moved.kth_best_model_path, moved.last_model_path) == (path, path, "")
+    assert (moved.best_model_score, moved.best_k_models) == (0.5, {path: torch.tensor(0.5)})
+    assert moved_last.best_model_path == ""
+
+
 @pytest.mark.parametrize("content", [b"", b"half", "code", "list", "none"])
 def test_what_is_no_checkpoint_is_one_line_with_its_name(tmp_path: Path, content: bytes | str) -> None:
     path = tmp_path / "last.ckpt"

@@ -148,7 +148,21 @@ def checkpoint_callbacks(directory: Path, *, with_best: bool) -> list[ModelCheck
     return callbacks
 
 
-class BestCheckpoint(ModelCheckpoint):
+class RunCheckpoint(ModelCheckpoint):
+    """A checkpoint in a run's directory, which may have moved when the run is resumed."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores best score and paths; Lightning would drop the score if the directory has another name."""
+
+        def here(path: str) -> str:
+            return str(Path(self.dirpath or "") / Path(path).name) if path else ""
+
+        paths = {name: here(path) for name, path in state_dict.items() if name.endswith("_model_path")}
+        scores = {here(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict({**state_dict, **paths, "best_k_models": scores, "dirpath": self.dirpath})
+
+
+class BestCheckpoint(RunCheckpoint):
     """Keeps the best weights, except those with which a callback or `max_time` stops the training inside an epoch.
 
     Lightning validates these, but a resumed run repeats the epoch and would not.
@@ -181,13 +195,15 @@ def _is_due(trainer: pl.Trainer) -> bool:
     return not trainer.should_stop or loop.batch_progress.is_last_batch or at_interval
 
 
-class EndOfEpochCheckpoint(ModelCheckpoint):
+class EndOfEpochCheckpoint(RunCheckpoint):
     """Saves only after whole epochs, so that a resumed run repeats an unfinished epoch from its start."""
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves, unless the training was stopped inside the epoch."""
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             super().on_train_epoch_end(trainer, pl_module)
+            # Lightning takes it for the best of one, and W&B would give its artifact the alias `best`, too.
+            self.last_model_path, self.best_model_path = self.best_model_path or self.last_model_path, ""
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Does nothing, as a validation may come inside an epoch."""
