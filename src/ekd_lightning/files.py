@@ -10,6 +10,7 @@ import os
 import re
 import stat
 import uuid
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +28,7 @@ UNSEALED = _OPEN + _MARK
 
 _SEALED = re.compile(SEAL.encode() + rb"[^0-9a-f]{1,5}([0-9a-f]{64})")
 _PART = ".part-"
+_LONGEST = 100  # bytes of a text in the name of a file
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster where libyaml is there
 
 
@@ -63,6 +65,17 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def distinct_name(text: str, replaced: str) -> str:
+    """A short name of a file, without ending, for any text: the text itself, or one with a checksum.
+
+    Args:
+        text: E.g. the name of a data set; another text gets another name.
+        replaced: Pattern of what becomes an underscore.
+    """
+    name = re.sub(replaced, "_", text).encode()[:_LONGEST].decode(errors="ignore")
+    return name if name == text else f"{name}-{zlib.crc32(text.encode()):08x}"
 
 
 def remove_parts(folder: Path, name: str = "") -> None:

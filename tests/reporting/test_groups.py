@@ -202,6 +202,11 @@ def test_a_method_of_which_every_run_failed_has_a_row_where_it_fits():
     assert "fitnet" not in differences(block.groups, "ce")
 
 
+def test_no_two_blocks_have_the_same_key():
+    made = blocks(group(collection(*study(), *study(steps=5), *study(fraction=0.1000001))))
+    assert [block.key for block in made] == ["cifar10-f0.1", "cifar10-f0.1-2", "cifar10-f0.1-3"]
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

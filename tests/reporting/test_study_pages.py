@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +14,7 @@ from made_runs import collection, entry, result, write_run
 from scipy import stats
 from whole_runs import called
 
+from ekd_lightning import markdown as md
 from ekd_lightning.cli.report import main
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import DamagedFileError
@@ -20,7 +22,7 @@ from ekd_lightning.reporting import figures
 from ekd_lightning.reporting.blocks import blocks
 from ekd_lightning.reporting.groups import group
 from ekd_lightning.reporting.report import make_report
-from ekd_lightning.reporting.report_files import write_records
+from ekd_lightning.reporting.report_files import page_name, write_records
 from ekd_lightning.reporting.study_pages import lead, standings, summary_page
 from ekd_lightning.runs.collection import RunEntry, collect, read_records
 from ekd_lightning.runs.directory import FORMAT
@@ -226,6 +228,36 @@ def test_studies_side_by_side_are_not_averaged(tmp_path: Path) -> None:
     code, err = pages(tmp_path / "in", tmp_path / "more", "-o", tmp_path / "other")
     assert (code, "both belong to row ekd of study a but differ in recipe.lr (0.1, 0.0001)" in err) == (2, True)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_each_data_set_has_its_own_page_and_records_whatever_it_is_called(tmp_path: Path) -> None:
+    names = [
+        "a b",
+        "a-b",
+        "a/b",
+        ".hidden",
+        "hidden",
+        "README",
+        "-x",
+        f"{'long' * 100}1",
+        f"{'long' * 100}2",
+        "ö" * 200,
+    ]
+    for number, name in enumerate(names):
+        write(tmp_path / "in" / str(number), {"ekd": EKD}, data=name)
+    records = [tmp_path / "in"]
+    for _ in range(2):  # also from the records
+        assert pages(*records, "-o", tmp_path / "out", "--force") == (0, "")
+        records = sorted((tmp_path / "out").glob("*.jsonl"))
+        assert sorted(str(read_records(path)[0].get("data")) for path in records) == sorted(names)
+        for path in records:
+            text, data = path.with_suffix(".md").read_text(), str(read_records(path)[0].get("data"))
+            assert text.startswith(f"# {md.prose(data)}\n")
+        summary = (tmp_path / "out" / "README.md").read_text()
+        assert summary.startswith("# Is EKD ahead at equal cost?")
+        assert set(re.findall(r"\]\(([^)]*)\)", summary)) == {f"{path.stem}.md" for path in records}
+    assert page_name("cifar10") == "cifar10.md"
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -100,11 +100,12 @@ def blocks(groups: Sequence[Group]) -> list[Block]:
         key=lambda p: (p.protocol.data, p.protocol.fraction or 0.0, -len(p.members), p.members[0]),
     ):
         alike[place.protocol.data, place.protocol.fraction].append(place)
-    return [
-        _block(place, [groups[p] for p in place.members], number, same)
-        for same in alike.values()
-        for number, place in enumerate(same)
-    ]
+    found: dict[str, Block] = {}
+    for same in alike.values():
+        for place in same:
+            block = _block(place, [groups[p] for p in place.members], same, found)
+            found[block.key] = block
+    return [*found.values()]
 
 
 def block_of_rows(
@@ -125,7 +126,7 @@ def block_of_rows(
     groups = tuple(make_group(runs, name, decides=deciding is None or name in deciding) for name, runs in rows.items())
     first = next((group for group in groups if group.n), groups[0])
     place = ComparisonGroup(replace(first.protocol, data=data, fraction=fraction), frozenset(), ())
-    return _block(place, groups, 0, ())
+    return _block(place, groups)
 
 
 def check_comparable(rows: Mapping[str, Sequence[RunEntry]]) -> None:
@@ -171,8 +172,10 @@ def _refuse(key: str, one: RunEntry, other: RunEntry, value: Any, different: Any
     )
 
 
-def _block(place: ComparisonGroup, groups: Sequence[Group], number: int, same: Sequence[ComparisonGroup]) -> Block:
-    """A block, named by what distinguishes it from others of the same data and fraction."""
+def _block(
+    place: ComparisonGroup, groups: Sequence[Group], same: Sequence[ComparisonGroup] = (), taken: Collection[str] = ()
+) -> Block:
+    """A block, named by what distinguishes it from others of the same data and fraction; its key is not taken."""
     protocol = place.protocol
     key, title = protocol.data, protocol.data
     if protocol.fraction is not None:
@@ -180,8 +183,8 @@ def _block(place: ComparisonGroup, groups: Sequence[Group], number: int, same: S
         title += f", {100 * protocol.fraction:.4g} % of the training images"
         title += "" if protocol.num_images is None else f" ({protocol.num_images:,})"
     title += "".join(f", {text}" for text in _distinction(place, same))
-    suffix = f"-{number + 1}" if number else ""
-    return Block(f"{key}{suffix}", title, protocol, _teachers(groups), tuple(groups))
+    key = next(one for one in (key, *(f"{key}-{n}" for n in range(2, len(taken) + 3))) if one not in taken)
+    return Block(key, title, protocol, _teachers(groups), tuple(groups))
 
 
 def _distinction(place: ComparisonGroup, same: Sequence[ComparisonGroup]) -> list[str]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
 import textwrap
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ekd_lightning.errors import quiet
+from ekd_lightning.files import distinct_name
 from ekd_lightning.reporting.details import Array
 from ekd_lightning.reporting.estimates import Estimate
 from ekd_lightning.reporting.groups import Group
@@ -41,8 +40,6 @@ _SHORT = 20
 """Longest name, in letters, that leaves room for a second column in a legend."""
 _LETTERS = 17
 """Letters of a caption per inch."""
-_LONGEST = 100
-"""Letters of a block's key in a file's name; keys that are cut or hold other letters get a checksum."""
 _MOST_LINES = 6
 """Largest number of lines in a panel; further lines get another panel."""
 ACCURACY = "test accuracy, %"
@@ -105,8 +102,7 @@ def captioned(kind: str, key: str, figure: Figure, title: str, text: str) -> Cap
 
 def file_name(kind: str, key: str) -> str:
     """Name of a figure's file, without ending, whatever a data set is called; no two keys have the same."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "_", key)[:_LONGEST]
-    return f"{kind}-{name}" if name == key else f"{kind}-{name}-{zlib.crc32(key.encode()):08x}"
+    return f"{kind}-{distinct_name(key, r'[^A-Za-z0-9._-]+')}"
 
 
 def accuracy(group: Group) -> Estimate:

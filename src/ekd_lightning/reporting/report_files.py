@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shutil
 import uuid
 from collections import defaultdict
@@ -16,7 +15,7 @@ from typing import Any
 
 from ekd_lightning import markdown as md
 from ekd_lightning.errors import UserError
-from ekd_lightning.files import DamagedFileError, UnwritableFileError, move_folder, read_json, write_text
+from ekd_lightning.files import DamagedFileError, UnwritableFileError, distinct_name, move_folder, read_json, write_text
 from ekd_lightning.reporting import setups, tables
 from ekd_lightning.reporting.figure_style import COST_FIGURE, file_name
 from ekd_lightning.reporting.report import Report, summary
@@ -113,8 +112,11 @@ def replace_files(
 
 
 def page_name(data: str) -> str:
-    """File name of a data set's page; other characters than letters, digits and _.+@- become a hyphen."""
-    return re.sub(r"[^\w.+@-]+", "-", data).lstrip(".") + ".md"
+    """File name of a data set's page, which differs from that of every other and of the first page.
+
+    Other characters than letters, digits and _.+@- become an underscore, and so do dots and hyphens at the beginning.
+    """
+    return distinct_name(data, r"[^\w.+@-]+|^[.-]+|^(?=(?i:readme)$)") + ".md"
 
 
 def check_kept(folder: Path, runs: Sequence[RunEntry]) -> None:
