@@ -21,7 +21,7 @@ from ekd_lightning.errors import UserError, one_line
 from ekd_lightning.evaluation.efficiency import count_macs
 from ekd_lightning.methods import Method, Term
 from ekd_lightning.methods.assignment import make_assignment
-from ekd_lightning.methods.method import rebuild_method
+from ekd_lightning.methods.build import rebuild_method
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, TeacherEnsemble
 from ekd_lightning.networks.cutting import unknown_classes
 from ekd_lightning.networks.frozen import FrozenNetwork
