@@ -24,8 +24,9 @@ from ekd_lightning.config.directory import (
     passed_to_ranks,
     remove_unused,
 )
-from ekd_lightning.config.edge import OnScreen, config_error, logged_as_by_commands
+from ekd_lightning.config.edge import OnScreen, logged_as_by_commands
 from ekd_lightning.config.internals import initialized, options_of
+from ekd_lightning.config.mistakes import config_error
 from ekd_lightning.config.overrides import override
 from ekd_lightning.data.datamodule import ImageDataModule
 from ekd_lightning.errors import UserError, quiet

@@ -122,9 +122,10 @@ class Range:
             raise UserError(f"{key}={value}: must be a finite number")
         inside = value > self.low if self.above else value >= self.low
         if not inside or value > self.high or (self.below and value == self.high):
-            raise UserError(f"{key}={value}: must be {self._allowed(value)}")
+            raise UserError(f"{key}={value}: must be {self.words(value)}")
 
-    def _allowed(self, value: object) -> str:
+    def words(self, value: object) -> str:
+        """Returns the range in words, as they are said of a value: an interval of a float, a bound of an int."""
         if isinstance(value, float) and self.high < math.inf:
             return f"in {'[('[self.above]}{self.low:g}, {self.high:g}{'])'[self.below]}"
         if value > self.high:  # type: ignore[operator]
@@ -215,13 +216,16 @@ def conditions(settings: type[Any], prefix: str = "") -> Iterator[Condition]:
             yield from conditions(hints[one.name], f"{key}.")
 
 
+_UNIONS = (Union, UnionType)
+
+
 def is_of(value: Any, hint: Any) -> bool:
     """Whether a plain value, as read from YAML, fits an annotated type.
 
     An int fits float; a bool fits neither int nor float.
     """
     kind, inner = get_origin(hint), get_args(hint)
-    if kind in (Union, UnionType):
+    if kind in _UNIONS:
         return any(is_of(value, one) for one in inner)
     if kind is Literal:
         return any(value == one and type(value) is type(one) for one in inner)
@@ -247,7 +251,7 @@ def is_finite(value: object) -> TypeGuard[float]:
 def name_of_type(hint: Any) -> str:
     """Returns an annotated type in words, e.g. `int, float or null`."""
     inner = get_args(hint)
-    if get_origin(hint) in (Union, UnionType):
+    if get_origin(hint) in _UNIONS:
         *names, last = dict.fromkeys(name_of_type(one) for one in inner)
         return f"{', '.join(names)} or {last}" if names else last
     if get_origin(hint) is Literal:
@@ -256,3 +260,31 @@ def name_of_type(hint: Any) -> str:
         kinds = dict.fromkeys(name_of_type(one) for one in inner if one is not Ellipsis)
         return f"{get_origin(hint).__name__} of {' to '.join(kinds)}"
     return "null" if hint is type(None) else str(getattr(get_origin(hint) or hint, "__name__", hint))
+
+
+def what_is_allowed(hint: Any, metadata: Mapping[str, Any]) -> str:
+    """Returns in words which values a setting accepts, e.g. `int, at least 1, or null`.
+
+    Args:
+        hint: Its annotated type.
+        metadata: The metadata of its field.
+    """
+    kinds = [kind for kind in get_args(hint) if kind is not type(None)] if get_origin(hint) in _UNIONS else [hint]
+    optional, allowed = kinds != [hint] and type(None) in get_args(hint), metadata.get(ALLOWED)
+    words = " or ".join(dict.fromkeys(_kind_in_words(kind) for kind in kinds))
+    if isinstance(allowed, Range):
+        whole = int in kinds
+        bounded = whole and allowed.high < LARGEST
+        words += f" from {allowed.low} to {allowed.high}" if bounded else f", {allowed.words(0 if whole else 0.0)}"
+    elif allowed:
+        words = f"one of {', '.join(allowed)}"
+    return words + (", or null" if optional and "," in words else " or null" if optional else "")
+
+
+def _kind_in_words(kind: Any) -> str:
+    if is_dataclass(kind):
+        return f"a mapping with keys of {', '.join(one.name for one in fields(kind))}"
+    known, inner = get_origin(kind) or kind, get_args(kind)
+    if known is list and inner and inner != (Any,):
+        return f"a list of {_kind_in_words(inner[0])}"
+    return {bool: "true or false", str: "text", dict: "a mapping", list: "a list"}.get(known) or name_of_type(kind)

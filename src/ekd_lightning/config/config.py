@@ -20,8 +20,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ekd_lightning.config.mistakes import config_error
 from ekd_lightning.errors import STARTED_IN, UserError, load_plugins, unknown_name
-from ekd_lightning.roles import is_of, name_of_type
+from ekd_lightning.roles import is_of, name_of_type, what_is_allowed
 from ekd_lightning.runs.directory import CONFIG, RunDirectory
 from ekd_lightning.runs.words import code_of, names_code
 from ekd_lightning.runs.writer import RunWriter
@@ -65,25 +66,27 @@ def to_settings(cfg: DictConfig) -> Settings:
     """Resolves a composed configuration into typed settings.
 
     Raises:
-        UserError: If a mandatory value (`???`) is missing, or a key is unknown.
+        UserError: If a mandatory value (`???`) is missing, a key is unknown, or a value is of another type.
     """
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise UserError(f"{missing[0]}: has no default and must be given, {missing[0]}=...")
     settings = OmegaConf.to_object(cfg)
     assert isinstance(settings, Settings)  # the schema is the root of the defaults list
-    _refuse_unknown_keys(settings)
+    _check_fields(settings)
     return settings
 
 
-def _refuse_unknown_keys(settings: Any, prefix: str = "") -> None:
-    """Refuses keys that `+key=value` added, which Hydra does not compare with the schema."""
-    known = [item.name for item in fields(settings)]
+def _check_fields(settings: Any, prefix: str = "") -> None:
+    """Refuses what Hydra does not compare with the schema: keys that `+key=value` added, and lists in lists."""
+    known, hints = {item.name: item.metadata for item in fields(settings)}, get_type_hints(type(settings))
     for name, value in vars(settings).items():
         if name not in known:
             raise unknown_name("key", f"{prefix}{name}", (f"{prefix}{other}" for other in known))
+        if not is_of(value, hints[name]):
+            raise UserError(f"{prefix}{name}={value}: must be {what_is_allowed(hints[name], known[name])}")
         if is_dataclass(value):
-            _refuse_unknown_keys(value, f"{prefix}{name}.")
+            _check_fields(value, f"{prefix}{name}.")
 
 
 def warn_without_effect(keys: Sequence[str], jobs: Iterable[Settings]) -> None:
@@ -155,12 +158,12 @@ def recorded_settings(run: RunDirectory, overrides: Sequence[str] = (), *, trust
     try:
         merged = OmegaConf.merge(schema, config)
     except (ValueError, OmegaConfBaseException) as error:
-        reason = str(error).splitlines()[0]
+        reason = config_error(error).splitlines()[0]
         raise UserError(f"{run.path / CONFIG}: not a configuration of this version ({reason})") from None
     try:
         merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
     except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
+        raise UserError(config_error(error)) from None
     assert isinstance(merged, DictConfig)
     settings = to_settings(merged)
     if (code := code_of(settings)) and not trust and not any(map(names_code, overrides)):

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import logging
 import os
-import re
 import signal
 import sys
 import threading
@@ -17,12 +16,10 @@ from importlib.metadata import version
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from ekd_lightning.errors import STARTED_IN, UserError, unknown_name, users_line
+from ekd_lightning.config.mistakes import line_of
+from ekd_lightning.errors import STARTED_IN, UserError, unknown_name
 from ekd_lightning.progress import Lines, Reporter, Session, reported_by
 from ekd_lightning.roles import check_value
 from ekd_lightning.runs.writer import is_rank_zero
@@ -302,21 +299,11 @@ def one_line(program: str) -> Iterator[None]:
         if is_rank_zero():
             print(f"{program}: interrupted" + (f": {what}" if what else ""), file=sys.stderr)
         sys.exit(EXIT_TERMINATED if _Termination.came or _is_lightnings(stop) else EXIT_INTERRUPTED)
-    except (HydraException, OmegaConfBaseException) as error:
-        _exit(program, config_error(error))
     except Exception as error:
-        line = _not_an_option(error) or users_line(error)
-        if line is None:
+        if (line := line_of(error)) is None:
             raise
-        _exit(program, line)
-
-
-def _not_an_option(error: Exception) -> str | None:
-    """The line for a group set to a number, a truth value or null, for which Hydra raises a plain ValueError."""
-    if not (isinstance(error, ValueError) and str(error).startswith("Config group override must be")):
-        return None
-    words = [word for word in sys.argv[1:] if re.fullmatch(r"\+?[\w/@]*=(null|true|false|[\d.eE+-]+)", word)]
-    return f"{' or '.join(words)}: a configuration group takes the name of one of its options, see --help"
+        print(f"{program}: error: {' '.join(line.split())}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
 
 
 @contextlib.contextmanager
@@ -344,37 +331,3 @@ def is_interrupt(error: BaseException) -> bool:
 def _is_lightnings(error: BaseException) -> bool:
     """Whether it is what Lightning raises after SIGTERM in a job that a launcher started; its own exit code is 0."""
     return type(error).__name__ == "SIGTERMException"
-
-
-def _exit(program: str, message: str) -> None:
-    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(EXIT_USER_ERROR)
-
-
-def _missing_config(error: MissingConfigException) -> str:
-    wanted, options = error.missing_cfg_file, error.options
-    if not wanted or not options:
-        return str(error)
-    group, _, name = str(wanted).removesuffix(".yaml").rpartition("/")
-    return str(unknown_name(group or "configuration", name, options))
-
-
-def config_error(error: Exception) -> str:
-    """The line of Hydra's or OmegaConf's message that names the mistake, with its key."""
-    if isinstance(error, MissingConfigException):
-        return _missing_config(error)
-    cause = error.__cause__ if isinstance(error, ConfigCompositionException) and error.__cause__ else error
-    if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and isinstance(cause.parent_node, DictConfig):
-        parent, dot, _ = str(cause.full_key or "").rpartition(".")
-        allowed = [parent + dot + str(key) for key in cause.parent_node]
-        return str(unknown_name("key", cause.full_key, allowed))
-    lines = [line.strip() for line in f"{error}\n{cause}".splitlines() if line.strip()]
-    kept = [line for line in lines if not line.startswith(("object_type=", "reference_type=", "To append"))]
-    key = next((line.removeprefix("full_key: ") for line in kept if line.startswith("full_key: ")), None)
-    telling = [line for line in dict.fromkeys(kept) if not line.startswith("full_key: ")]
-    if telling[0].startswith("Could not override 'study'"):
-        return "study=...: not a setting of a run; declared studies: ekd-compare --study full --output FOLDER"
-    if isinstance(error, OverrideParseException):
-        return f"cannot read the override {error.override!r}: {telling[0]}"
-    text = "; ".join(telling[:2])
-    return f"{key}: {text}" if key and key not in text else text
