@@ -29,7 +29,7 @@ from ekd_lightning.networks import (
 from ekd_lightning.networks import registry as registry_module
 from ekd_lightning.networks.convnets import RESNET_DEPTHS, ZeroPadShortcut
 from ekd_lightning.networks.registry import CLOSE, NETWORKS, family, match_network, thinned
-from ekd_lightning.networks.staged import NORMALIZATIONS, Normalization
+from ekd_lightning.networks.spec import NORMALIZATIONS, Normalization
 
 
 def _spec(name: str = "resnet8", num_classes: int = 10, **options: Any) -> NetworkSpec:

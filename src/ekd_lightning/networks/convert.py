@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ekd_lightning.errors import Registry, UserError, few
 from ekd_lightning.networks.registry import build_network
-from ekd_lightning.networks.staged import NetworkSpec, StagedNetwork
+from ekd_lightning.networks.spec import NetworkSpec
+from ekd_lightning.networks.staged import StagedNetwork
 from ekd_lightning.networks.weights import read_foreign_checkpoint
 
 

@@ -22,7 +22,8 @@ from torchvision.ops.misc import Conv2dNormActivation
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.networks.registry import FAMILIES, Builder, register_network, require
-from ekd_lightning.networks.staged import NetworkSpec, StagedNetwork, he_initialised
+from ekd_lightning.networks.spec import NetworkSpec
+from ekd_lightning.networks.staged import StagedNetwork, he_initialised
 from ekd_lightning.roles import is_of
 
 RESNET_DEPTHS = (8, 14, 20, 26, 32, 44, 56, 110)

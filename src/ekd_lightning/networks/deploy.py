@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from ekd_lightning.errors import UserError, one_line, quiet, require
 from ekd_lightning.files import SEAL, UNSEALED, seal
 from ekd_lightning.networks.frozen import FrozenStudent
-from ekd_lightning.networks.staged import NetworkSpec, sides
+from ekd_lightning.networks.spec import NetworkSpec
+from ekd_lightning.networks.staged import sides
 from ekd_lightning.networks.student import BranchedStudent
 
 SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2"}

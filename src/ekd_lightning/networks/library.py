@@ -19,7 +19,8 @@ from ekd_lightning.files import read_json
 from ekd_lightning.networks.cutting import ABSENT, cut, select_classes
 from ekd_lightning.networks.hub import fetch
 from ekd_lightning.networks.registry import LIBRARIES
-from ekd_lightning.networks.staged import NORMALIZATIONS, NetworkSpec, Normalization, StagedNetwork
+from ekd_lightning.networks.spec import NORMALIZATIONS, NetworkSpec, Normalization
+from ekd_lightning.networks.staged import StagedNetwork
 from ekd_lightning.networks.weights import read_foreign_checkpoint
 
 PUBLISHED = "DEFAULT"

@@ -19,7 +19,8 @@ from ekd_lightning.errors import Registry, UserError, load_plugins, unknown_name
 from ekd_lightning.files import file_sha256
 from ekd_lightning.networks.cutting import cut
 from ekd_lightning.networks.projection import project
-from ekd_lightning.networks.staged import NetworkSpec, StagedNetwork
+from ekd_lightning.networks.spec import NetworkSpec
+from ekd_lightning.networks.staged import StagedNetwork
 
 Builder = Callable[..., nn.Module]
 BuilderT = TypeVar("BuilderT", bound=Builder)

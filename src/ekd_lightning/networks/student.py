@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.networks.registry import build_network
+from ekd_lightning.networks.spec import NetworkSpec
 from ekd_lightning.networks.staged import (
     ImageSize,
-    NetworkSpec,
     Normalize,
     StagedNetwork,
     StudentOutput,

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from ekd_lightning.errors import UserError, few, one_line, unknown_name
 from ekd_lightning.files import SEAL, UNSEALED, DamagedFileError, read_bytes, require_intact, seal, write_bytes
 from ekd_lightning.networks.registry import build_network, library_version
-from ekd_lightning.networks.staged import NetworkSpec, StagedNetwork
+from ekd_lightning.networks.spec import NetworkSpec
+from ekd_lightning.networks.staged import StagedNetwork
 from ekd_lightning.networks.student import BranchedStudent
 
 _ModuleT = TypeVar("_ModuleT", bound=nn.Module)

@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from ekd_lightning.errors import Registry, UserError
 from ekd_lightning.files import file_sha256
-from ekd_lightning.networks.staged import NetworkSpec, normalization
+from ekd_lightning.networks.spec import NetworkSpec, normalization
 
 log = logging.getLogger(__name__)
 
