@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+import shlex
 import shutil
 from functools import partial
 from pathlib import Path
@@ -57,6 +58,17 @@ def test_a_run_that_is_evaluated_in_full_is_exported_next_and_one_without_ekd_en
     assert out.splitlines()[-2:] == ["next:", f"  ekd-export {tmp_path / 'in' / 'a'}"]
     write_run(tmp_path / "ce" / "a", result("ce") | {"evaluated": list(EVALUATION_PARTS)})
     assert "next:" not in call(tmp_path / "ce", "-o", tmp_path / "more", *TABLES)[1]
+
+
+def test_what_comes_next_names_the_modules_that_the_runs_need(tmp_path):
+    write_run(tmp_path / "a b" / "ekd", result(), imports=["my_parts", "x; y"])
+    write_run(tmp_path / "a b" / "ce", result("ce"), imports=["more.parts"])
+    write_run(tmp_path / "plain" / "ce", result("ce", seed=1))
+    out = call(tmp_path / "a b", tmp_path / "plain", "-o", tmp_path / "out", *TABLES)[1]
+    evaluate, export = map(shlex.split, out.splitlines()[-2:])
+    folders = [str(tmp_path / "a b"), str(tmp_path / "plain")]
+    assert evaluate == ["ekd-evaluate", *folders, "--parts", "all", "imports=[more.parts,my_parts]"]
+    assert export == ["ekd-export", str(tmp_path / "a b" / "ekd"), "imports=[my_parts]"]
 
 
 def test_a_folder_that_ekd_evaluate_refuses_is_not_offered_to_it(tmp_path):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
 
-from ekd_lightning.config.commands import compare_command, report_command
+from ekd_lightning.config.commands import compare_command, report_command, search_path, typed_resume
 from ekd_lightning.errors import STARTED_IN
 from ekd_lightning.reporting.report_files import SUMMARY, check_output
 
@@ -46,3 +47,14 @@ def test_a_study_of_other_settings_gets_a_folder_of_its_own(here):
         expected[4] = f"compare/c10-{number}"
         assert printed() == expected
     assert compare_command("ce", "compare/c10", ["data.per_class=5"]) == []
+
+
+def test_files_of_the_users_configuration_are_named_again(here, monkeypatch):
+    search = "hydra.searchpath=[file:///my conf]"
+    own = [search, "hydra.launcher.setup=[module load x]"]
+    others = ["-m", "experiment=mine", "hydra/launcher=slurm", "hydra.sweep.dir=x", "hydra.run.dir=y", "hydra.mode=RUN"]
+    monkeypatch.setattr(sys, "argv", ["ekd-train", *own, *others])
+    assert shlex.split(typed_resume(here / "x")) == ["ekd-train", "resume=x", *own]
+    assert search_path() == [search]
+    (command,) = compare_command("ce", "compare/c10", [*search_path(), "experiment=mine"])
+    assert shlex.split(command)[-2:] == [search, "experiment=mine"]

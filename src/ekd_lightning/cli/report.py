@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ekd_lightning.config.commands import print_next, typed
 from ekd_lightning.config.edge import make_parser, parse_names, run_command
+from ekd_lightning.config.overrides import shell_word
 from ekd_lightning.errors import UserError, require
 from ekd_lightning.files import write_text
 from ekd_lightning.progress import part, phase, session
@@ -101,9 +102,18 @@ def _following(report: Report, places: Sequence[Path]) -> list[str]:
     """The commands that evaluate the runs in full and export a student of the setting that represents EKD."""
     runs = [run for run in report.collection.runs if run.row is None]
     folders = [place for place in places if place.is_dir() and _can_be_evaluated(place, runs)]
-    found = [f"ekd-evaluate {' '.join(map(typed, folders))} --parts all"] if folders else []
+    below = [run for run in runs if any(run.directory.is_relative_to(place.absolute()) for place in folders)]
+    found = [" ".join(["ekd-evaluate", *map(typed, folders), "--parts all", *_imports(below)])] if folders else []
     subjects = [run for answer in report.answers if answer.subject for run in answer.subject.done if run in runs]
-    return found + [f"ekd-export {typed(run.directory)}" for run in subjects[:1]]
+    return found + [" ".join(["ekd-export", typed(run.directory), *_imports([run])]) for run in subjects[:1]]
+
+
+def _imports(runs: Iterable[RunEntry]) -> list[str]:
+    """The override that consents by name to the modules of runs' records; empty without any."""
+    lists = (found for run in runs if isinstance(found := run.setting("imports"), list))
+    found = (name for names in lists for name in names)
+    names = sorted({name for name in found if isinstance(name, str) and all(map(str.isidentifier, name.split(".")))})
+    return [shell_word(f"imports=[{','.join(names)}]")] if names else []
 
 
 def _can_be_evaluated(place: Path, runs: Sequence[RunEntry]) -> bool:

@@ -10,7 +10,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from ekd_lightning.config.commands import print_next
+from ekd_lightning.config.commands import print_next, search_path
 from ekd_lightning.config.config import import_user_modules, register_schema, to_settings
 from ekd_lightning.config.directory import JobOutput, remove_unused
 from ekd_lightning.config.edge import one_line, run_program
@@ -82,7 +82,7 @@ def teach(cfg: DictConfig, output: JobOutput) -> None:
     )
     print_table(f"teachers for {settings.data.name}", heads, cells, left=("teacher", "source", "SHA-256"))
     words = [word for word in HydraConfig.get().overrides.task if key_of(word) != "teachers.fill"]
-    print_next(f"ekd-train {shlex.join([*_flags(), *words])}")
+    print_next(f"ekd-train {shlex.join([*_flags(), *search_path(), *words])}")
 
 
 def _flags() -> list[str]:

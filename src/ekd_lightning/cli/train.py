@@ -18,7 +18,7 @@ from omegaconf import DictConfig, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from ekd_lightning import progress
-from ekd_lightning.config.commands import compare_command, print_next, report_command, typed, typed_resume
+from ekd_lightning.config.commands import compare_command, print_next, report_command, search_path, typed, typed_resume
 from ekd_lightning.config.config import build_callbacks, register_schema, to_plain, to_settings, warn_without_effect
 from ekd_lightning.config.directory import JobOutput, ddp_reruns_this_job, remove_unused
 from ekd_lightning.config.edge import OFF_SCREEN, is_interrupt, one_line, quiet_libraries, run_program
@@ -261,7 +261,9 @@ def _comparison(result: Result) -> list[str]:
         return []
     methods = result.method if result.method.startswith("ekd") else f"{result.method},ekd"
     fractions = [] if result.fraction == 1 else ["--fractions", f"{result.fraction:g}"]
-    return compare_command(methods, f"compare/{result.data}", HydraConfig.get().overrides.task, *fractions)
+    return compare_command(
+        methods, f"compare/{result.data}", [*search_path(), *HydraConfig.get().overrides.task], *fractions
+    )
 
 
 def summary_line(result: Result, directory: Path) -> str:

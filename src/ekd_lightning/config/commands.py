@@ -8,9 +8,9 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from ekd_lightning.config.overrides import is_under, key_of, override, read_path, shell_word
+from ekd_lightning.config.overrides import OF_ONE_START, is_hydras, is_under, key_of, override, read_path, shell_word
 from ekd_lightning.errors import STARTED_IN, UserError
-from ekd_lightning.runs.words import names_code
+from ekd_lightning.runs.words import launches, names_code
 
 
 def typed(path: Path | str) -> str:
@@ -35,8 +35,11 @@ def typed_resume(directory: Path, words: Iterable[str] = (), flags: Iterable[str
         directory: Directory of the run or sweep.
         words: Overrides that it was started with; those that name code are repeated, as they are not read from records.
         flags: `--config-dir` and the like that it was started with.
+
+    Words of Hydra in the present command that no record may hold, e.g. `hydra.searchpath=[...]`, are repeated, too.
     """
-    again = [*flags, typed_override("resume", directory), *filter(names_code, words)]
+    hydra = (w for w in sys.argv[1:] if is_hydras(w) and not launches(w) and not is_under(key_of(w), OF_ONE_START))
+    again = [*flags, typed_override("resume", directory), *filter(names_code, words), *hydra]
     return " ".join(
         [called("ekd-train"), *(word if word.startswith("resume=") else shell_word(word) for word in again)]
     )
@@ -79,6 +82,11 @@ def compare_command(methods: str, folder: Path | str, words: Iterable[str], *opt
     return [
         " ".join(["ekd-compare", "--methods", shell_word(methods), "--output", typed(unused(folder)), *options, *kept])
     ]
+
+
+def search_path() -> list[str]:
+    """`hydra.searchpath=[...]` of the present command, whose files the next commands need, too."""
+    return [word for word in sys.argv[1:] if key_of(word) == "hydra.searchpath" and "=" in word]
 
 
 def trusting(words: Iterable[str], trust: bool) -> list[str]:

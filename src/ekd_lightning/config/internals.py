@@ -63,7 +63,8 @@ def users_files_first(words: Sequence[str]) -> Iterator[None]:
     finally:
         _UsersFoldersFirst.folders = before
         if not before:
-            Plugins.instance().plugin_type_to_subclass_list[SearchPathPlugin].remove(_UsersFoldersFirst)
+            with contextlib.suppress(ValueError):  # a launcher may have set all plugins anew
+                Plugins.instance().plugin_type_to_subclass_list[SearchPathPlugin].remove(_UsersFoldersFirst)
 
 
 def _users_folders(words: Sequence[str]) -> Iterator[str]:

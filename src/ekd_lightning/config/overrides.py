@@ -44,6 +44,10 @@ def is_under(key: str, prefixes: Iterable[str]) -> bool:
     return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
 
 
+OF_ONE_START = ("hydra.mode", "hydra.sweep", "hydra.run", "hydra.output_subdir", "hydra.job", "hydra.sweeper.params")
+"""Keys that a command which continues a run or a sweep sets itself."""
+
+
 def is_hydras(word: str) -> bool:
     """Whether an override sets a key of Hydra itself, e.g. the launcher."""
     return key_of(word).startswith(("hydra.", "hydra/"))

@@ -52,6 +52,12 @@ def check_words(words: Iterable[object], source: object, *, launching: bool = Fa
     return checked
 
 
+def launches(word: str) -> bool:
+    """Whether an override sets how jobs are launched, and may stand in a record."""
+    found = _WORD.fullmatch(word)
+    return found is not None and _launches(found)
+
+
 def _launches(word: re.Match[str]) -> bool:
     plain = re.fullmatch(r"[\w.:@+-]*", word["value"] or "", re.ASCII)  # a newline would end a line of a batch script
     return bool(_LAUNCHING.fullmatch(word["key"]) and plain and not word["package"])

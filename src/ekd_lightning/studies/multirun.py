@@ -19,6 +19,7 @@ from ekd_lightning.config.config import import_user_modules, to_settings, warn_w
 from ekd_lightning.config.directory import claim_output
 from ekd_lightning.config.edge import ConsoleLines, ending_callback
 from ekd_lightning.config.overrides import (
+    OF_ONE_START,
     SWEEP_FILE,
     anchored,
     anchored_search,
@@ -51,8 +52,6 @@ from ekd_lightning.studies.launching import (
 from ekd_lightning.studies.sharing import shared_gpus
 from ekd_lightning.studies.sweep import Job, Sweep, found_sweep, job_states, read_sweep, show_summary, write_sweep
 
-# A resumed sweep sets these itself.
-_OWN = ("hydra.mode", "hydra.sweep", "hydra.run", "hydra.output_subdir", "hydra.job", "hydra.sweeper.params")
 _LAUNCHER = ("hydra/launcher", "hydra.launcher")
 _open: list[tuple[Path, contextlib.ExitStack, bool]] = []
 """The sweep that runs in this process: its folder, the contexts to leave at its end, and whether its jobs are in a
@@ -273,13 +272,13 @@ def split_words(sweep: Sweep, words: Sequence[str]) -> tuple[list[str], list[str
                 f"{word}: a resumed sweep keeps its settings; resume= may stand beside a launcher "
                 f"(hydra/launcher=..., hydra.launcher...) and {', '.join(keys_where(may_change_between_parts))}"
             )
-    dropped = (*_OWN, *_LAUNCHER) if any(key_of(word) == "hydra/launcher" for word in hydra) else _OWN
+    dropped = (*OF_ONE_START, *_LAUNCHER) if any(key_of(word) == "hydra/launcher" for word in hydra) else OF_ONE_START
     again = {key_of(word) for word in hydra}
     kept = [word for word in sweep.hydra if not is_under(key_of(word), dropped) and key_of(word) not in again]
     path = sweep.folder / SWEEP_FILE
     require_named_code((word for job in sweep.jobs for word in (*sweep.common, *job.overrides)), words, path)
     kept = check_words(kept, path, launching=True)
-    return [*kept, *(word for word in hydra if not is_under(key_of(word), _OWN))], extra
+    return [*kept, *(word for word in hydra if not is_under(key_of(word), OF_ONE_START))], extra
 
 
 def _job(job: Job, run: RunEntry, extra: Sequence[str]) -> Job:
