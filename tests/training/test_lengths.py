@@ -20,6 +20,7 @@ from ekd_lightning.pipeline.prepare import prepare
 from ekd_lightning.pipeline.run import run
 from ekd_lightning.runs.directory import RunDirectory
 from ekd_lightning.settings import RecipeSettings
+from ekd_lightning.teachers.tabled import TabledTeachers
 from ekd_lightning.training.distiller import Distiller
 
 PLAIN = ("method=ce", "student.branches=1", "student.split_after=none")
@@ -60,6 +61,13 @@ def test_the_extra_epoch_of_weight_averaging_is_not_recorded(tiny_settings, tmp_
     result = run(settings, tmp_path, config={}, callbacks=[StochasticWeightAveraging(0.01, swa_epoch_start=1)])
     assert (result["epochs_done"], result["steps"]) == (2, 2)
     assert result["images_per_second"] * result["train_seconds"] == pytest.approx(2 * 32)
+
+
+def test_whether_teachers_are_compiled_does_not_depend_on_where_a_run_stops(tiny_settings, tmp_path, monkeypatch):
+    planned = []
+    monkeypatch.setattr(TabledTeachers, "plan", lambda self, rows, repeats=False: planned.append(rows))
+    run(tiny_settings("recipe.epochs=2", "trainer.max_steps=6"), tmp_path, config={})  # 4 steps an epoch
+    assert planned == [2 * 4 * 32] * 2
 
 
 @pytest.fixture

@@ -242,13 +242,13 @@ class Distiller(TrainingModule):
             return
         batches, size = self._batches_to_come(), loader.batch_size // loader.world_size
         rows = loader.distinct_rows(batches)
-        source.plan(batches * size * self.recipe.epochs, loader.repeats)
+        per_epoch = int(self.trainer.num_training_batches)
+        source.plan(per_epoch * size * self.recipe.epochs, loader.repeats)  # also where `max_steps` ends this part
         images_of = partial(data.training_images, device=self.device)
         source.prepare_epoch(*rows, images_of, self._stage_counts(range(batches), size))
         if self.current_epoch + 1 < self.recipe.epochs:
-            batches = int(self.trainer.num_training_batches)
-            counts = self._stage_counts(range(batches, 2 * batches), size)
-            source.prefetch_epoch(*loader.distinct_rows(batches, ahead=1), counts)
+            counts = self._stage_counts(range(per_epoch, 2 * per_epoch), size)
+            source.prefetch_epoch(*loader.distinct_rows(per_epoch, ahead=1), counts)
 
     def _stage_counts(self, batches: range, size: int) -> Counter[tuple[str, ...]]:
         """Returns how many images need each set of teacher stages, in a range of batches counted from now."""
