@@ -11,12 +11,16 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from ekd_lightning.errors import UserError
-from ekd_lightning.methods import TermContext, build_method, build_term, terms_with_labels
+from ekd_lightning.methods import TermContext, build_method, build_term, losses, terms_with_labels
 from ekd_lightning.methods.assignment import build_assignment
 from ekd_lightning.methods.pair_terms import ConvRegressor, FeatureBranch
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, build_network, normalization
+from ekd_lightning.networks.frozen import FrozenNetwork
+from ekd_lightning.networks.staged import TeacherOutput, on_grid
+from ekd_lightning.networks.teachers import TeacherEnsemble, TeacherIdentity
 
 from .helpers import Heads, make_batch, make_student, make_teachers, preset, sizes, step_context, term_context
 from .reference import kl, softmax
@@ -299,21 +303,47 @@ TEACHERS = {"wide": ("wrn_16_2", 128), "dense": ("densenetbc_40_12", 132), "narr
 
 
 def test_teachers_that_differ_teach_maps_of_every_stage():
-    """Of other families and channels; one whose last stage has another name is refused by name."""
+    """Of other families and channels."""
     spec = NetworkSpec("resnet8", 10, normalization("unit"))
     student = BranchedStudent(spec, branches=4, split_after="stage2")
     teachers = [build_network(replace(spec, name=name)) for name, _ in TEACHERS.values()]
-    vgg = build_network(replace(spec, name="vgg8"))
     terms = {key: term for key, term in preset("ekd_maps")["method"]["terms"].items() if key.startswith("maps")}
-    context = TermContext.of(student, [*teachers, vgg], teacher_names=(*TEACHERS, "vgg"))
-    with pytest.raises(UserError, match=r"method\.terms\.maps3: the teacher 'wide' has no stage 'stage4'"):
-        build_method("x", terms, context)
     method = build_method("x", terms, TermContext.of(student, teachers, teacher_names=tuple(TEACHERS)))
     built = {key: cast(FeatureBranch, term) for key, term in method.named_terms()}
     assert built["maps1"].pairs == built["maps2"].pairs == ((0, 0), (0, 1), (0, 2))
     assert built["maps3"].pairs == ((0, 0), (1, 1), (2, 2), (3, 0))
     widths = [cast(nn.Sequential, adapter)[0].weight.shape[:2] for adapter in built["maps3"].adapters.values()]
     assert widths == [(channels, 64) for channels in (128, 132, 64, 128)]
+
+
+@pytest.mark.parametrize("grid", [None, 1])
+def test_last_stages_may_have_different_names(grid):
+    """VGG-8 ends with stage 4, ResNet-8 with stage 3: each teacher's own last maps are compared, by hand."""
+    torch.manual_seed(0)
+    spec = NetworkSpec("resnet8", 10, normalization("unit"))
+    student = BranchedStudent(spec, branches=2, split_after="stage3").eval()
+    networks = [build_network(replace(spec, name=name)).eval() for name in ("resnet8", "vgg8")]
+    term = {"last": {"type": "feature_branch", "weight": 1.0, "feature": "last", "adapter": "project", "grid": grid}}
+    method = build_method("x", term, TermContext.of(student, networks, teacher_names=("resnet", "vgg"))).eval()
+    assert method.teacher_stages == (on_grid("last", grid),)
+    images = torch.rand(4, 3, 32, 32)
+    ensemble = TeacherEnsemble(networks, [TeacherIdentity(name, "0", "trained", name) for name in ("resnet8", "vgg8")])
+    frozen = [FrozenNetwork(one, fold=False, stage_names=method.teacher_stages) for one in networks]
+    outputs = student.outputs(images)
+    adapters = cast(FeatureBranch, dict(method.named_terms())["last"]).adapters
+    expected = 0.0
+    for k, (network, adapter, own) in enumerate(zip(networks, adapters.values(), ("stage3", "stage4"), strict=True)):
+        theirs, ours = network.outputs(images).stages[own], outputs.stages[k]["stage3"]
+        if grid:
+            ours, theirs = (functional.adaptive_avg_pool2d(maps, grid) for maps in (ours, theirs))
+        projected = adapter(ours)
+        theirs, projected = losses.to_common_size(theirs, projected)
+        expected += float(((projected - theirs) ** 2).mean()) / 2
+    live = ensemble(images, method.teacher_stages)
+    joined = TeacherOutput.of([one.named(one(images)) for one in frozen], method.teacher_stages)
+    for teachers in (live, joined):
+        total = method(outputs, teachers, make_batch(B=4)).total
+        assert float(total) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_late_split_with_a_teacher_for_each_branch_needs_no_switch():

@@ -17,7 +17,14 @@ from ekd_lightning.errors import UserError
 from ekd_lightning.methods.assignment import Assignment
 from ekd_lightning.methods.losses import combine_teachers
 from ekd_lightning.networks.cutting import unknown_classes
-from ekd_lightning.networks.staged import ImageSize, NetworkOutput, StagedNetwork, StudentOutput, TeacherOutput
+from ekd_lightning.networks.staged import (
+    ImageSize,
+    NetworkOutput,
+    StagedNetwork,
+    StudentOutput,
+    TeacherOutput,
+    own_stage,
+)
 from ekd_lightning.networks.student import BranchedStudent
 
 StageShape = tuple[int, int, int]
@@ -255,8 +262,7 @@ class TermContext:
 
 
 def _resolve_stage(name: str, shapes: Mapping[str, StageShape], network: str) -> str:
-    if name == "last" and shapes:
-        return list(shapes)[-1]
-    if name not in shapes:
+    own = own_stage(name, shapes) if shapes else name
+    if own not in shapes:
         raise UserError(f"{network} has no stage {name!r} (available: {', '.join(shapes) or 'none'})")
-    return name
+    return own

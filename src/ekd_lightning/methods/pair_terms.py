@@ -20,7 +20,7 @@ from ekd_lightning.methods.context import StepContext, TermContext
 from ekd_lightning.methods.losses.weights import CONFIDENCES
 from ekd_lightning.methods.options import choice, count
 from ekd_lightning.methods.terms import BranchTerm, Term, register_term
-from ekd_lightning.networks.staged import averaged, on_grid
+from ekd_lightning.networks.staged import LAST, averaged, on_grid, own_stage
 
 POOLED = "pooled"
 ADAPTERS = ("auto", "identity", "project", "conv_reg", "regressor")
@@ -90,8 +90,7 @@ class FeatureSite:
             grid: Side of the grid that maps are averaged to; None for whole maps.
 
         Raises:
-            UserError: If a network has no such stage, its maps are coarser than the grid, or the last stages of the
-                teachers have different names.
+            UserError: If a network has no such stage, or its maps are coarser than the grid.
         """
         self.name, self.is_pooled, self._context = name, name == POOLED, context
         self._grid = None if grid is None else count("grid", grid)
@@ -106,12 +105,11 @@ class FeatureSite:
             return
         self._student = context.student_stage(name)
         stages = {m: context.teacher_stage(m, name) for m in teachers}
-        for m in stages:
-            for stage in stages.values():  # every teacher must have the last stages of all teachers
-                context.teacher_stage(m, stage)
-        self._teacher = {m: on_grid(stage, self._grid) for m, stage in stages.items()}
+        # All teachers are asked for one name: their last stages have `last` in common where their own names differ.
+        last = {own_stage(LAST, shapes) for shapes in context.teacher_stage_shapes if shapes}
+        self._teacher = on_grid(name if name != LAST or len(last) > 1 else last.pop(), self._grid)
         self.student_stages = (self._student,)
-        self.teacher_stages = tuple(dict.fromkeys(self._teacher.values()))
+        self.teacher_stages = (self._teacher,)
         own = context.student_stage_shapes[self._student]
         self.student_shape = self._shape(own, f"the student {context.student_name!r}")
         shapes = {m: context.teacher_stage_shapes[m][stage] for m, stage in stages.items()}
@@ -151,7 +149,7 @@ class FeatureSite:
         if self.is_pooled:
             return context.student.pooled[k], context.teachers.pooled[m].detach()
         maps = averaged(context.student.stages[k][self._student], self._grid)
-        return maps, context.teachers.stages[m][self._teacher[m]].detach()
+        return maps, context.teachers.stages[m][self._teacher].detach()
 
 
 class FeatureTerm(PairTerm):

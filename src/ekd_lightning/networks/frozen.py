@@ -22,6 +22,7 @@ from ekd_lightning.networks.staged import (
     StagedNetwork,
     averaged,
     in_memory_format,
+    own_stage,
     resized,
     stage_and_grid,
 )
@@ -92,11 +93,15 @@ class FrozenNetwork(_Frozen):
             fold: Whether batch norms are folded into the convolutions before them; outputs of stages are then equal
                 within rounding.
             channels_last: Whether the stages use the channels-last memory format.
-            stage_names: Stages whose outputs are returned, with or without a grid (`staged.on_grid`).
+            stage_names: Stages whose outputs are returned, or `last`, with or without a grid (`staged.on_grid`).
         """
         super().__init__()
         order = network.stage_names
-        self.stage_names = tuple(sorted(stage_names, key=lambda name: order.index(stage_and_grid(name)[0])))
+        own = {name: own_stage(stage_and_grid(name)[0], order) for name in stage_names}
+        self.stage_names = tuple(sorted(stage_names, key=lambda name: order.index(own[name])))
+        self._grids = {
+            stage: [stage_and_grid(name)[1] for name in self.stage_names if own[name] == stage] for stage in order
+        }
         network = copy.deepcopy(network).eval()
         self._take(network.normalize, dtype, fold, channels_last)
         self.stages = nn.ModuleDict(self._frozen(network.stages))
@@ -114,8 +119,7 @@ class FrozenNetwork(_Frozen):
         wanted = []
         for name, stage in self.stages.items():
             maps = stage(maps)
-            grids = [grid for own, grid in map(stage_and_grid, self.stage_names) if own == name]
-            wanted += [averaged(maps.float(), grid) for grid in grids]
+            wanted += [averaged(maps.float(), grid) for grid in self._grids[name]]
         pooled = _pooled(self.neck, maps)
         return self.head(pooled), pooled, *wanted
 

@@ -6,7 +6,7 @@ Shape letters: B batch, C classes, D features, M teachers, K branches.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -59,12 +59,12 @@ class TeacherOutput(NamedTuple):
 
         Args:
             outputs: one for each of the M networks.
-            stages: names of stages, with or without a grid (`on_grid`).
+            stages: names of stages, or `last`, with or without a grid (`on_grid`).
         """
 
         def output_of(name: str, outputs: Mapping[str, Tensor]) -> Tensor:
             stage, grid = stage_and_grid(name)
-            return outputs[name] if name in outputs else averaged(outputs[stage], grid)
+            return outputs[name] if name in outputs else averaged(outputs[own_stage(stage, outputs)], grid)
 
         return cls(
             torch.stack([output.logits for output in outputs]),
@@ -132,6 +132,15 @@ def through(stages: nn.ModuleDict, maps: Tensor) -> tuple[Tensor, dict[str, Tens
     return maps, outputs
 
 
+LAST = "last"
+"""Name by which every network's own last stage can be asked for."""
+
+
+def own_stage(name: str, stages: Iterable[str]) -> str:
+    """Returns a network's own name of a stage: `last` is the last of its stages, in the order of execution."""
+    return list(stages)[-1] if name == LAST else name
+
+
 _GRID = "."  # separates stage and grid; names of modules cannot contain it
 
 
@@ -168,10 +177,11 @@ def shape_at(shapes: Mapping[str, tuple[int, int, int]], name: str) -> tuple[int
 
     Args:
         shapes: shapes of the stages' outputs, by the stages' own names.
-        name: a stage's name, with or without a grid (`on_grid`).
+        name: a stage's name or `last`, with or without a grid (`on_grid`).
     """
     stage, grid = stage_and_grid(name)
-    return shapes[stage] if grid is None else (shapes[stage][0], grid, grid)
+    shape = shapes[own_stage(stage, shapes)]
+    return shape if grid is None else (shape[0], grid, grid)
 
 
 def pool(maps: Tensor) -> Tensor:

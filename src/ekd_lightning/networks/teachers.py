@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ekd_lightning.errors import UserError, unknown_name
-from ekd_lightning.networks.staged import StagedNetwork, TeacherOutput, stage_and_grid
+from ekd_lightning.networks.staged import LAST, StagedNetwork, TeacherOutput, stage_and_grid
 from ekd_lightning.networks.weights import state_sha256
 
 
@@ -89,14 +89,14 @@ class TeacherEnsemble(nn.Module):
         return self.members[0].spec.num_classes
 
     def check_stages(self, stages: Sequence[str]) -> None:
-        """Checks that every teacher has these stages (with or without a grid, see `staged.on_grid`).
+        """Checks that every teacher has these stages (`last` is any; with or without a grid, see `staged.on_grid`).
 
         Raises:
             UserError: For the first stage that a teacher lacks.
         """
         for member, identity in zip(self.members, self.identities, strict=True):
             for name, _ in map(stage_and_grid, stages):
-                if name not in member.stages:
+                if name not in member.stages and not (name == LAST and len(member.stages)):
                     raise unknown_name(f"stage of teacher {identity.id!r}:", name, member.stage_names)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TeacherEnsemble:
