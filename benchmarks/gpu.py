@@ -43,10 +43,11 @@ from ekd_lightning.teachers.hardware import resolve_precision
 from ekd_lightning.teachers.source import FrozenTeachers, TeacherFormat
 from ekd_lightning.training.pool import gather_teachers
 
-WORK = ("experiment=cifar10_limited", "data.fraction=0.5", "recipe.epochs=3")
+WORK = ("experiment=cifar10_limited", "method=ekd_pooled", "data.fraction=0.5", "recipe.epochs=3")
 PLANNED_EPOCHS = 60
 """Epochs for which our own trainings are planned, so that they hold all teacher rows on the device; they end sooner."""
 TINY = (
+    "method=ekd_pooled",
     "data.fraction=0.1",
     "data.eval_batch_size=120",
     "recipe.epochs=2",

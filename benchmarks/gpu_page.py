@@ -208,7 +208,7 @@ Made by `benchmarks/gpu.py`; all numbers are in [speed_gpu.json](speed_gpu.json)
 cores of {hardware["cpu"]}, torch {packages["torch"]}, pytorch-lightning {packages["pytorch-lightning"]}, commit
 {commit}. Rows without a measurement say "{UNMEASURED}"; nothing is estimated.{added}
 
-CIFAR-10, teachers ResNet-20, -32 and -56, student ResNet-8 with three branches, method `ekd`, batch 128:
+CIFAR-10, teachers ResNet-20, -32 and -56, student ResNet-8 with three branches, method `ekd_pooled`, batch 128:
 `{" ".join(found["settings"])}`.
 Rates are medians over the epochs after the first, which warms up, compiles and captures.{planned}
 

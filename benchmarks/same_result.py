@@ -24,6 +24,7 @@ from ekd_lightning.pipeline.run import run
 from ekd_lightning.runs.writer import provenance
 
 PLAIN = (
+    "method=ekd_pooled",
     "experiment=quick",
     "data.fraction=0.3",
     "trainer.precision=32-true",

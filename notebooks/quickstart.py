@@ -70,7 +70,7 @@ def make_settings(assignment: str) -> Settings:
             store=str(OUT / "store"),
         ),
         student=StudentSettings(network="resnet8", branches=3, split_after="stage1"),
-        method=MethodSettings(**{**shipped("method/ekd.yaml"), "assignment": assignment}),
+        method=MethodSettings(**{**shipped("method/ekd_pooled.yaml")["method"], "assignment": assignment}),
         recipe=student,
         trainer={
             "accelerator": "cpu",

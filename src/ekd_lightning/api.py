@@ -167,7 +167,7 @@ def method(
         student: The student to train.
         teachers: The M teachers; None for methods without teachers.
         image_size: Side of the images in pixels.
-        overrides: Settings as on the command line, e.g. `["method.terms.feature_branch.weight=0"]`.
+        overrides: Settings as on the command line, e.g. `["method.terms.maps1.weight=0"]`.
 
     Raises:
         UserError: For an unknown name, or a method that does not fit the networks.

@@ -377,8 +377,8 @@ class StudentSettings:
     network: str = field(default="resnet8", metadata=COMPUTED)
     options: dict[str, Any] = field(default_factory=dict, metadata=COMPUTED)
     branches: int = field(default=3, metadata=COMPUTED | {ALLOWED: Range(1, 1000)})
-    split_after: str = field(default="stage1", metadata=COMPUTED | _BRANCHED)
-    """Last stage that the branches share, or `none` for separate networks."""
+    split_after: str = field(default="stage3", metadata=COMPUTED | _BRANCHED)
+    """Last stage that the branches share, or `none` for separate networks; after the last stage branches are heads."""
     branch_width: Optional[float] = field(default=None, metadata=COMPUTED | POSITIVE | _BRANCHED)
     """Factor of the channels in the branches' own stages, for CIFAR ResNets: 0.5 makes thin branches on a trunk of the
     usual width; null: branches are as wide as the network."""

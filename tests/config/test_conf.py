@@ -176,10 +176,10 @@ def test_every_method_builds_with_three_teachers(name, branches):
 
 
 def test_one_override_is_an_ablation():
-    ablation = ([], ["method.terms.feature_branch.weight=0"])
+    ablation = ([], ["method.terms.maps1.weight=0"])
     whole, without = (to_settings(composed(*words)).method.terms for words in ablation)
     expected = copy.deepcopy(whole)
-    expected["feature_branch"]["weight"] = 0
+    expected["maps1"]["weight"] = 0
     assert without == expected
 
 

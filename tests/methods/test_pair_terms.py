@@ -307,7 +307,7 @@ def test_teachers_that_differ_teach_maps_of_every_stage():
     spec = NetworkSpec("resnet8", 10, normalization("unit"))
     student = BranchedStudent(spec, branches=4, split_after="stage2")
     teachers = [build_network(replace(spec, name=name)) for name, _ in TEACHERS.values()]
-    terms = {key: term for key, term in preset("ekd_maps")["method"]["terms"].items() if key.startswith("maps")}
+    terms = {key: term for key, term in preset("ekd")["terms"].items() if key.startswith("maps")}
     method = build_method("x", terms, TermContext.of(student, teachers, teacher_names=tuple(TEACHERS)))
     built = {key: cast(FeatureBranch, term) for key, term in method.named_terms()}
     assert built["maps1"].pairs == built["maps2"].pairs == ((0, 0), (0, 1), (0, 2))
@@ -348,7 +348,7 @@ def test_last_stages_may_have_different_names(grid):
 
 def test_a_late_split_with_a_teacher_for_each_branch_needs_no_switch():
     """The heads' teachers are all teachers, so the line of overrides and the method's file train alike."""
-    spec = preset("ekd_maps")["method"]
+    spec = preset("ekd")
     maps = {"maps2": {**spec["terms"]["maps2"], "weight": 1.0}}
     context = sizes(3, 3, shared_stages=("stem", "stage1", "stage2"))
     student, teachers = make_student(3), make_teachers(3)

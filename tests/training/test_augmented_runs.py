@@ -62,7 +62,7 @@ def test_a_run_with_mixup_lets_its_teachers_run_live(train, tmp_path):
 
 def test_thin_branches_match_their_teachers_on_mixed_crops_without_labels(train, tmp_path):
     """Function matching, of maps too; four branches of two teachers, some of which change."""
-    words = ["method=ekd_maps", "student.split_after=stage2", "student.branches=4", "student.branch_width=0.5"]
+    words = ["method=ekd", "student.split_after=stage2", "student.branches=4", "student.branch_width=0.5"]
     words += [f"method.terms.ce_{part}.weight=0" for part in ("ensemble", "branch")]
     words += ["data.augmentation=[resized_crop,crop_flip]", "recipe.mixup=1", "method.terms.maps1.confidence=entropy"]
     change = "method.assignment={schedule: [[0, one_to_one], [0.5, [1, 1, 0, 0]]]}"

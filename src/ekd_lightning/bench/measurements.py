@@ -35,7 +35,8 @@ def make_bench(overrides: Sequence[str], *, epochs: int, minutes: float | None, 
     """
     began = time.perf_counter()
     keep_freed_memory()  # as every run does; the plain loop profits too
-    settings = compose_settings(f"recipe.epochs={epochs}", "trainer.devices=1", *overrides)
+    # By default a method that teacher tables serve: the plain loop computes no stage outputs.
+    settings = compose_settings("method=ekd_pooled", f"recipe.epochs={epochs}", "trainer.devices=1", *overrides)
     import_user_modules(settings.imports)
     accelerator = str(settings.trainer.get("accelerator", "auto"))
     on_gpu = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
@@ -56,7 +57,7 @@ def make_bench(overrides: Sequence[str], *, epochs: int, minutes: float | None, 
     if prepared.method.teacher_stages or not prepared.teachers:
         raise UserError(
             f"method={settings.method.name}: ekd-bench needs a method with teachers that does not read their stage "
-            "outputs, e.g. method=ekd"
+            "outputs, e.g. method=ekd_pooled"
         )
     device = torch.device("cuda" if on_gpu else "cpu")
     limit = minutes or (_GPU_MINUTES if on_gpu else math.inf)

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ekd_lightning.reporting.blocks import SAME_COST, Block
+from ekd_lightning.reporting.blocks import SAME_COST, SUBJECTS, Block
 from ekd_lightning.reporting.estimates import (
     ENOUGH,
     SIGNIFICANCE,
@@ -41,13 +41,15 @@ ROLES = {
 }
 """The controls, in the order of the report."""
 METHODS = {
-    "ekd": "a branched student with a teacher for each branch",
+    "ekd": "a branched student with a teacher for each branch, which imitates maps of every stage",
+    "ekd_pooled": "a branched student with a teacher for each branch, which imitates pooled features",
     "ekd_mean": "a branched student whose branches all imitate the mean teacher",
     "ekd_permuted": "EKD with its teachers shifted by one branch",
     "ce": "a plain student without teachers",
     "branched_ce": "a branched student without teachers",
     "kd_mean": "a plain student taught by the mean of the teachers",
-    "kd_mean_feature": "a plain student that imitates the teachers' mean and their features",
+    "kd_mean_maps": "a plain student that imitates the teachers' mean and their maps of every stage",
+    "kd_mean_feature": "a plain student that imitates the teachers' mean and their pooled features",
 }
 """The usual methods, for readers who do not know their names."""
 VERDICTS = {
@@ -191,7 +193,7 @@ def representative(block: Block) -> Group | None:
 
     With one branch EKD is plain distillation, so such a group represents it only where there is no other.
     """
-    own = branched([group for group in block.done if group.method == "ekd"])
+    own = branched([group for group in block.done if group.method in SUBJECTS])
     if not own:
         return None
     students = Counter(group.student for group in own)
@@ -212,11 +214,12 @@ def strongest(groups: Sequence[Group]) -> Group | None:
 def _controls(block: Block, subject: Group) -> dict[str, Group]:
     """The controls by role: the strongest group of each method with EKD's student."""
     plain, own = (1, None), _shape(subject)
-    features = subject.only("weight_feature_branch")
+    features = "kd_mean_maps" if subject.only("weight_maps3") else "kd_mean_feature"
+    imitates = subject.only("weight_maps3") or subject.only("weight_feature_branch")
     found = {
         "plain": _control(block, subject, "ce", plain),
         "plain_taught": _control(block, subject, "kd_mean", plain),
-        "same_features": _control(block, subject, "kd_mean_feature", plain) if features else None,
+        "same_features": _control(block, subject, features, plain) if imitates else None,
         "equal_cost": _equal_cost(block, subject),
         "branched_untaught": _control(block, subject, "branched_ce", own),
         "mean_teacher": _control(block, subject, "ekd_mean", own),
@@ -246,7 +249,7 @@ def _network(group: Group) -> tuple[str | None, str]:
 def _equal_cost(block: Block, subject: Group) -> Group | None:
     """The strongest plain student with teachers whose MACs are those of EKD's."""
     cost = subject.mean("macs")
-    plain = [one for one in block.done if one.num_branches == 1 and one.taught_by and one.method != "ekd"]
+    plain = [one for one in block.done if one.num_branches == 1 and one.taught_by and one.method not in SUBJECTS]
     return strongest([one for one in plain if cost and abs((one.mean("macs") or 0.0) / cost - 1) <= SAME_COST])
 
 

@@ -34,6 +34,10 @@ SAME_IN_A_ROW = (
 """Fields of a result that runs of one row must share, beside the weights of its terms."""
 
 
+SUBJECTS = ("ekd", "ekd_pooled")
+"""Methods that count as EKD, the default first; its other variants are ablations."""
+
+
 @dataclass(frozen=True)
 class Block:
     """Groups that may be compared with each other.

@@ -46,7 +46,7 @@ _SCRIPTS = (
 )
 MAIN = "main"
 """Key of a block's own reference; other references have their labels as keys."""
-CONTROLS = ("ekd", "ce", "kd_mean", "kd_mean_feature", "branched_ce", "ekd_mean")
+CONTROLS = ("ekd", "ekd_pooled", "ce", "kd_mean", "kd_mean_maps", "kd_mean_feature", "branched_ce", "ekd_mean")
 """Methods that a reader may choose as references."""
 _MOST_REFERENCES = 8
 _DIGITS = 6

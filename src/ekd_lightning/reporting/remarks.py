@@ -52,7 +52,7 @@ def remarks(
         controls: The controls it was compared with, by role.
         differences: The differences of all comparisons.
     """
-    siblings = [group for group in block.done if group.method == "ekd" and group.student == subject.student]
+    siblings = [group for group in block.done if group.method == subject.method and group.student == subject.student]
     found = [_chosen(subject, branched(siblings)), _trend("K", subject, siblings), _trend("M", subject, siblings)]
     found += [_cost(subject, controls.get("plain")), _ensemble(subject), *_heterogeneity(subject, controls)]
     found += [_chance(block, subject), "" if "equal_cost" in controls else NO_EQUAL_COST]

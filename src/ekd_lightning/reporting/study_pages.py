@@ -12,7 +12,7 @@ from ekd_lightning import markdown as md
 from ekd_lightning.files import write_text
 from ekd_lightning.reporting import tables
 from ekd_lightning.reporting.answer import best_of
-from ekd_lightning.reporting.blocks import SAME_COST, Block
+from ekd_lightning.reporting.blocks import SAME_COST, SUBJECTS, Block
 from ekd_lightning.reporting.estimates import (
     ENOUGH,
     SIGNIFICANCE,
@@ -33,8 +33,6 @@ from ekd_lightning.reporting.report_files import MADE_BY, PAGE_BEGINS, SUMMARY_P
 
 LIMITED = 0.2
 """Largest share of the training images that counts as limited data."""
-SUBJECTS = ("ekd", "ekd_maps")
-"""Methods that count as EKD; its other variants are ablations."""
 SIDES = ("below", "level", "above", "too few runs")
 _COLUMNS = (*("K", "M", "n", "test accuracy % [95 % interval]", "differences", "NLL", "parameters", "MACs"), "not done")
 
@@ -256,9 +254,10 @@ def _difference(found: Difference) -> str:
 _README = {
     "ce": "labels alone (`ce`)",
     "kd_mean": "plain distillation (`kd_mean`)",
+    "kd_mean_maps": "the same, imitating maps of every stage, too (`kd_mean_maps`)",
     "kd_mean_macs": "plain distillation, larger student (`kd_mean_macs`)",
-    "kd_mean_feature_macs": "the same, imitating features, too (`kd_mean_feature_macs`)",
     "ekd": "**EKD** (`ekd`)",
+    "ekd_pooled": "EKD with early branches and pooled features (`ekd_pooled`)",
 }
 """Rows of the README's table, if the block has them, with their names there."""
 

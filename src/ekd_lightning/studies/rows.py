@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CONTROLS = ("ce", "branched_ce", "kd_mean", "kd_mean_feature", "ekd_mean")
+CONTROLS = ("ce", "branched_ce", "kd_mean", "kd_mean_maps", "ekd_mean")
 CONTROLS_WITHOUT_LABELS = ("pseudo_labels", *CONTROLS[2:])
 """The controls with unlabelled images, which methods on labels alone cannot use."""
-MATCHED = ("kd_mean", "kd_mean_feature")
+MATCHED = ("kd_mean", "kd_mean_maps")
 """Methods that get a row with a plain student of the branched student's cost."""
 _BRANCHING = ("student.branches", "student.split_after", "student.branch_width", "student.ensemble")
 _NETWORK = ("student.network", "student.options")
