@@ -30,6 +30,11 @@ def test_flags_that_other_groups_decide_are_refused(name):
         check_trainer({name: True})
 
 
+def test_a_run_without_a_record_is_refused():
+    with pytest.raises(UserError, match=r"^trainer\.barebones=true: .* ekd-bench"):
+        check_trainer({"barebones": True})
+
+
 def test_an_unknown_flag_is_refused_with_the_nearest():
     with pytest.raises(UserError, match=r"'trainer\.max_epoch'; did you mean 'trainer\.max_epochs'"):
         check_trainer({"max_epoch": 3})

@@ -72,6 +72,8 @@ def check_trainer(flags: dict[str, Any]) -> None:
             raise unknown_name("Lightning trainer flag", f"trainer.{name}", (f"trainer.{n}" for n in trainer_flags()))
         if value not in _MORE_VALUES.get(name, ()) and not is_of(value, _types()[name]):
             raise UserError(f"trainer.{name}={value}: must be {name_of_type(_types()[name])}")
+    if flags.get("barebones"):
+        raise UserError("trainer.barebones=true: a run needs its curves and checkpoints; ekd-bench measures speed")
     if flags.get("val_check_interval") == 0:
         raise UserError("trainer.val_check_interval=0: must be positive, or null to validate after every epoch")
     if (limit := flags.get("max_time")) is not None:
