@@ -400,6 +400,26 @@ def test_a_declared_study_says_its_cost_and_what_is_not_run(finished: tuple[Path
     assert steps == 2 * math.floor(134 / 32) == 8
 
 
+def test_a_part_that_lost_its_study_is_made_again_as_declared(
+    finished: tuple[Path, str, str], words: tuple[str, ...], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(finished[0], tmp_path / "quick")
+    place = folder / "digits-10"
+    before = read_study(place)
+    (place / "study.json").unlink()
+    asked = ("--study", "quick", "--only", "digits-10,ce,kd_mean_macs", "--output", folder)
+    code, _, err = call(*asked, *words)
+    assert code == 0, err
+    assert "4 runs in the study, 0 to be run" in err
+    after = read_study(place)
+    assert before is not None
+    assert after is not None
+    assert after.declaration == before.declaration == "quick"
+    assert [(row.name, row.overrides, row.seeds, row.decides, row.match) for row in after.rows] == [
+        (row.name, row.overrides, row.seeds, row.decides, row.match) for row in before.rows
+    ]
+
+
 def test_the_same_command_goes_on_and_judges_by_what_is_there(
     finished: tuple[Path, str, str], words: tuple[str, ...], tmp_path: Path
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -106,14 +106,11 @@ def run_compare(args: argparse.Namespace) -> bool:
         if any(map(read_study, _places(args, declared))):
             _refuse(args, _ONLY_WITH_RUNS, "has no effect with --report-only, which reports all runs of the study")
         return _report(args, declared)
-    if args.methods is None and declared is None and read_study(folder) is not None:
+    if args.methods is None and declared is None and folder.exists():
         _refuse(args, ("match", "no_controls", "tuned"), "applies to rows that are added; name them with --methods")
-    check_typed(args.overrides)
-    common, hydra_words = split_overrides(args.overrides)
-    hydra_words = tuple(anchored_search(word) for word in hydra_words)
-    common, again = tuple(anchored(word) for word in common), f"{PROGRAM} --output {typed(folder)}"
+    common, hydra_words = _split_words(args.overrides)
     search = [word for word in hydra_words if key_of(word) == "hydra.searchpath"]
-    again = " ".join([again, *map(shell_word, (*search, *filter(names_code, common)))])
+    again = " ".join([f"{PROGRAM} --output {typed(folder)}", *map(shell_word, (*search, *filter(names_code, common)))])
     if declared:
         again = " ".join(map(shell_word, (PROGRAM, *sys.argv[1:])))
     since = now()
@@ -133,16 +130,31 @@ def run_compare(args: argparse.Namespace) -> bool:
                 sweep = Sweep(place / RUNS, tuple(jobs), working_directory=study.working_directory)
                 launch(jobs, sweep, hydra_words, partial(run_shared_job, since=since), again)
     complete = _report(args, declared)
-    if declared is None:
-        study = read_study(folder) or study
-        again += "" if not complete else f" --seeds {','.join(str(max(study.seeds) + n) for n in (1, 2))}"
+    studies = {place: study if declared else read_study(place) or study for place, (study, _) in planned.items()}
+    print_next(report_command([folder], folder / "report"), *_following(studies, declared, again, complete=complete))
+    return complete
+
+
+def _split_words(words: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The overrides of the runs and those of Hydra, checked, with absolute paths."""
+    check_typed(words)
+    common, hydra_words = split_overrides(words)
+    return tuple(map(anchored, common)), tuple(map(anchored_search, hydra_words))
+
+
+def _following(
+    studies: Mapping[Path, Study], declared: Declared | None, again: str, *, complete: bool
+) -> Iterator[str]:
+    """The command that continues the studies, that runs failed runs again, or that adds seeds; none if all is done."""
+    if declared is None and complete:
+        (study,) = studies.values()
+        again += f" --seeds {','.join(str(max(study.seeds) + n) for n in (1, 2))}"
     elif complete:
-        again = ""
-    entries = [run for place, (whole, _) in planned.items() for run in every_run(read_runs(whole, place))]
+        return
+    entries = [run for place, study in studies.items() for run in every_run(read_runs(study, place))]
     if "--retry-failed" not in again and any(entry.state is RunState.FAILED for entry in entries):
         again += " --retry-failed"  # else they would be skipped again
-    print_next(report_command([folder], folder / "report"), *filter(None, [again]))
-    return complete
+    yield again
 
 
 def _declared(args: argparse.Namespace) -> Declared | None:
@@ -173,12 +185,13 @@ def _plan(
     """Writes each study.json and returns the study and its remaining jobs by folder; logs a declared study's cost."""
     from ekd_lightning.studies import cost, declaration, planning  # noqa: PLC0415 (slow; --help needs none)
     from ekd_lightning.studies.launching import working_in  # noqa: PLC0415
+    from ekd_lightning.studies.recovery import read_or_recover, set_aside  # noqa: PLC0415
 
     planned: dict[Path, tuple[Study, list[Job]]] = {}
     tuned = args.tuned.absolute() if args.tuned and args.tuned.exists() else args.tuned
     for place, part in _places(args, declared).items():
         with DirectoryLock(place, patience=_PATIENCE_SECONDS), session("plan", keep=False), phase("plan"):
-            old = read_study(place)  # another process may have added to it
+            old, recovered = read_or_recover(place, declared[0] if declared else None)
             with working_in(old.working_directory if old else ""):
                 if declared and part:
                     study = declaration.study_of(declared[1], part, common, old, composer, tuned)
@@ -193,8 +206,11 @@ def _plan(
                         match=args.match,
                         controls=not args.no_controls,
                         tuned=tuned,
+                        recovered=recovered,
                     )
                 jobs = planning.plan(study, place, composer, retry_failed=args.retry_failed)
+            if recovered:
+                set_aside(place)
             write_study(study, place)
         planned[place] = study, jobs
     if declared:

@@ -56,6 +56,7 @@ def build_study(
     match: str | None = None,
     controls: bool = True,
     tuned: Path | None = None,
+    recovered: bool = False,
 ) -> Study:
     """Builds the study that the command asks for, joined with the study that its folder already holds.
 
@@ -69,6 +70,7 @@ def build_study(
         match: Costs at which plain students are added, e.g. `macs,parameters`, or `none`.
         controls: Whether the usual controls are added to a new study; those of `old` were settled when it was new.
         tuned: Folder of settings from ekd-tune.
+        recovered: Whether `old` was recovered from runs; named rows then bring what they bring to a new study.
 
     Raises:
         UserError: For unknown names, or a contradiction to the folder's study.
@@ -85,12 +87,12 @@ def build_study(
     usual = cfg.data.fraction if cfg.data.fraction is not None else 1.0
     declared = {row.name for row in old.rows} if old and old.declaration else set()
     own = {row.name for row in old.rows if row.seeds is not None} if old and seeds else set()
-    more = tuple(seeds)
-    fractions = tuple(fractions) or (old.fractions if old else (usual,))
-    seeds = tuple(seeds) or (old.seeds if old else (0, 1, 2))
+    more, settled = tuple(seeds), None if recovered and methods else old
+    fractions = tuple(fractions) or (settled.fractions if settled else (usual,))
+    seeds = tuple(seeds) or (settled.seeds if settled else (0, 1, 2))
     rows = [row for row in old.rows if row.name in own] if old else []
     if methods is not None:
-        controls &= old is None
+        controls &= settled is None
         matches = parse_names("--match", match or ("macs,parameters" if controls else "none"), (*MATCHES, "none"))
         rows = plan_rows(methods, [by for by in matches if by != "none"], controls, common, old, composer)
     kept, rows = [row for row in rows if row.name in declared], [row for row in rows if row.name not in declared]

@@ -10,9 +10,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from ekd_lightning.config.overrides import computing, is_hydras, is_under, key_of
+from ekd_lightning.config.overrides import computing, is_hydras, is_under, key_of, shell_word
 from ekd_lightning.errors import UserError
-from ekd_lightning.files import read_json, write_json
+from ekd_lightning.files import DamagedFileError, read_json, write_json
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import FORMAT, require_format
 from ekd_lightning.runs.lock import LOCK_FILE
@@ -25,6 +25,15 @@ Composer = Callable[..., DictConfig]
 """Composes `overrides` into a configuration, as Hydra's `compose` does."""
 Runs = Mapping[str, Mapping[int, RunEntry]]
 """Row -> seed -> run."""
+
+
+class LostStudyError(UserError):
+    """A study whose study.json is damaged, or missing beside its runs; `what` says which."""
+
+    def __init__(self, folder: Path, what: object) -> None:
+        again = f"ekd-compare --output {shell_word(str(folder))} makes it again from the records of its runs"
+        super().__init__(f"{what}; {again} (part of a declared study: --study and --output of that study)")
+        self.what = what
 
 
 @dataclass(frozen=True)
@@ -158,11 +167,14 @@ def read_study(folder: Path) -> Study | None:
     """Reads study.json; None if the folder is new or empty.
 
     Raises:
-        UserError: If the folder holds something else; or if the file is damaged, of another version, or holds
-            overrides that no study may have.
+        LostStudyError: If the file is damaged, or missing beside runs.
+        UserError: If the folder holds something else; or if the file is of another version, or holds overrides that no
+            study may have.
     """
     path = folder / STUDY_FILE
     if not path.is_file():
+        if (folder / RUNS).is_dir() and any((folder / RUNS).iterdir()):
+            raise LostStudyError(folder, f"{path}: lost")
         if folder.exists() and not (folder.is_dir() and {one.name for one in folder.iterdir()} <= {LOCK_FILE}):
             raise UserError(f"--output {folder}: not a study (it has no {STUDY_FILE}) and not empty")
         return None
@@ -174,10 +186,12 @@ def read_study(folder: Path) -> Study | None:
         common, where = tuple(content["common"]), str(content.get("working_directory", ""))
         declaration = str(content.get("declaration", ""))
         study = Study(rows, fractions, seeds, common, str(content["data"]), where, declaration)
+    except DamagedFileError as error:
+        raise LostStudyError(folder, error) from None
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path}: damaged") from None
+        raise LostStudyError(folder, f"{path}: damaged") from None
     check_words(common, path)
     return study
 
