@@ -264,5 +264,10 @@ class TermContext:
 def _resolve_stage(name: str, shapes: Mapping[str, StageShape], network: str) -> str:
     own = own_stage(name, shapes) if shapes else name
     if own not in shapes:
-        raise UserError(f"{network} has no stage {name!r} (available: {', '.join(shapes) or 'none'})")
+        remedy = (
+            "choose one of them, or set the weight of the term to 0"
+            if shapes
+            else "choose a method that compares no maps, e.g. ekd_pooled or kd_mean"
+        )
+        raise UserError(f"{network} has no stage {name!r} (available: {', '.join(shapes) or 'none'}); {remedy}")
     return own
