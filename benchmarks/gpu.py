@@ -284,6 +284,7 @@ GROUPS: list[dict[str, tuple[Callable[..., dict[str, Any]], float]]] = [
         "graph": (graph, 90),
         "ours, eager": (partial(ours, form="eager"), 90),
         "teachers": (teachers, 40),
+        "maps, ekd": (partial(maps, method="ekd"), 60),
         "maps, camkd": (partial(maps, method="camkd"), 60),
         "maps, fitnet": (partial(maps, method="fitnet"), 60),
     },

@@ -124,7 +124,7 @@ def around(found: dict[str, Any]) -> str:
 def maps(found: dict[str, Any]) -> str:
     """Methods that compare maps of all teachers in every step."""
     rows = []
-    for method in ("camkd", "fitnet"):
+    for method in ("ekd", "camkd", "fitnet"):
         ours = value(found, f"maps, {method}", "ours", "images_per_second")
         plain = value(found, f"maps, {method}", "plain", "images_per_second")
         rows.append([f"`method={method}`", number(plain), number(ours), ratio(ours, plain)])
