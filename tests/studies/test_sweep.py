@@ -237,6 +237,7 @@ def resumed_jobs(sweep: Sweep, monkeypatch, *words: str) -> list[Job]:
     write_sweep(sweep)
     launched: list[Job] = []
     monkeypatch.setattr(multirun, "launch", lambda jobs, *_, **__: launched.extend(jobs))
+    monkeypatch.setattr(multirun, "without_mistakes", lambda jobs, *_: jobs)  # `lr` is no setting
     multirun.resume_sweep(sweep.folder, ["ekd-train", *words], lambda cfg: None)
     return launched
 
@@ -259,6 +260,7 @@ def test_jobs_that_have_not_started_do_so_where_the_sweep_was_first_started(swee
     monkeypatch.setattr(
         launching.internals, "launch", lambda _, jobs, __: seen.extend((Path.cwd(), job) for job in jobs)
     )
+    monkeypatch.setattr(multirun, "without_mistakes", lambda jobs, *_: jobs)
     register_schema()
     multirun.resume_sweep(sweep.folder, ["ekd-train", "++data.root=new"], lambda cfg: None)
     assert [place for place, _ in seen] == 4 * [home]
@@ -288,6 +290,7 @@ def test_a_resumed_sweep_leaves_alone_what_runs_elsewhere(sweep, monkeypatch, ca
     leave(sweep.jobs[1].directory, "running")
     launched = []
     monkeypatch.setattr(multirun, "launch", lambda jobs, *_, **__: launched.extend(jobs))
+    monkeypatch.setattr(multirun, "without_mistakes", lambda jobs, *_: jobs)
     monkeypatch.setattr(multirun.internals, "initialized", lambda _: contextlib.nullcontext())
     with DirectoryLock(sweep.jobs[1].directory):
         assert not multirun.resume_sweep(sweep.folder, ["ekd-train", f"resume={sweep.folder}"], print)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from whole_runs import TINY, Outcome, call_train
 
 from ekd_lightning.cli import train as program
+from ekd_lightning.config import internals
+from ekd_lightning.studies import checking
+from ekd_lightning.studies.sweep import Job, Sweep, write_sweep
 
 SHORT = ("trainer.limit_train_batches=1", "trainer.limit_val_batches=1")
 
@@ -82,30 +86,128 @@ def test_jobs_with_the_same_branches_start_alike_whoever_teaches(counts):
 
 
 def test_a_failing_job_neither_stops_nor_poisons_the_others(store, tmp_path):
-    outcome = sweep(tmp_path / "sweep", store, "method=branched_ce", "student.branches=2,0,1")
-    assert outcome.code == 2
-    states = [json.loads((outcome.directory / str(job) / "status.json").read_text()) for job in range(3)]
-    assert [status["state"] for status in states] == ["done", "failed", "done"]
-    assert states[1]["error"] == "student.branches=0: must be at least 1"
-    assert not (outcome.directory / "1" / "result.json").exists()
-    assert json.loads((outcome.directory / "2" / "result.json").read_text())["num_branches"] == 1
-    assert "2 of 3 runs done, 1 failed" in outcome.out
-    assert "failed: 1  student.branches=0" in outcome.out
-    assert outcome.err.splitlines()[-1] == "ekd-train: error: student.branches=0: must be at least 1"
+    words = ("method=branched_ce,kd_mean", "student.branches=1", "seed=0,1", "imports=[whole_runs]")
+    outcome = sweep(tmp_path / "sweep", store, *words, "+callbacks.x._target_=whole_runs.FailsIfTaught")
+    assert outcome.code == 1
+    states = [json.loads((outcome.directory / str(job) / "status.json").read_text()) for job in range(4)]
+    assert [status["state"] for status in states] == ["done", "done", "failed", "failed"]
+    assert states[2]["error"] == "RuntimeError: out of chalk"
+    assert not (outcome.directory / "2" / "result.json").exists()
+    assert json.loads((outcome.directory / "1" / "result.json").read_text())["num_branches"] == 1
+    assert "2 of 4 runs done, 2 failed" in outcome.out
+    assert "failed: 2  RuntimeError: out of chalk" in outcome.out
 
 
 @pytest.mark.parametrize(
-    ("words", "named"),
+    ("words", "told"),
     [
-        (["method=ce,ekdd"], "did you mean 'ekd'"),  # Hydra finds it once the sweep is planned
+        (["method=ce,ekdd"], "job 1 (method=ekdd): unknown method 'ekdd'; did you mean 'ekd'?"),
+        (["method=ce,3"], "job 1 (method=3): method=3: a configuration group takes the name of one of its options"),
+        (["recipe.epochs=1,x"], "job 1 (recipe.epochs=x): recipe.epochs=x: must be int, at least 1"),
+        (
+            ["seed=0,1", "student.branches=2,0"],
+            "job 1 (seed=0 student.branches=0) and 1 more: student.branches=0: must be at least 1",
+        ),
+        (
+            ["data.fraction=0.1,7,0", "hydra.sweep.subdir=f${data.fraction}"],
+            "job f7.0 (data.fraction=7): data.fraction=7.0: must be in (0, 1]; 1 more with other mistakes",
+        ),
+        (
+            ["method=ce,ekd", "teachers.pool=[{file: damaged}]", "hydra.launcher.n_jobs=2", "hydra/launcher=parallel"],
+            "job 1 (method=ekd): damaged: ",
+        ),
         (["seed=0,1", "data=cifar10", "teachers=digits", "data.download=false", "data.root=nowhere"], "nowhere"),
         (["seed=0,1", "recipe.batch_size=500"], "recipe.batch_size=500"),
-        (["seed=0,1", "+callbacks.x._target_=pytorch_lightning.callbacks.Nothing"], "Nothing"),
+        (["seed=0,1", "+callbacks.x._target_=pytorch_lightning.callbacks.Nothing"], "callbacks.x._target_="),
+        (["method=ce,nope", "hydra/launcher=slurm"], "job 1 (method=nope): unknown method 'nope'"),
     ],
 )
-def test_what_no_job_can_do_stops_a_sweep_before_it_starts(store, tmp_path, words, named):
+def test_a_sweep_with_a_bad_job_is_refused_before_it_starts(store, tmp_path, words, told):
+    if launcher := next((word for word in words if word.startswith("hydra/launcher=")), None):
+        pytest.importorskip({"slurm": "submitit", "parallel": "joblib"}[launcher.partition("=")[2]])
+    (tmp_path / "damaged").write_bytes(b"no weights")
     outcome = sweep(tmp_path / "sweep", store, *words)
     assert outcome.code == 2
     (line,) = outcome.err.splitlines()
-    assert named in line
+    assert told in line
+    assert "sweep 1/" not in outcome.out
     assert not (tmp_path / "sweep").exists()
+
+
+def test_files_that_are_named_after_the_seed_are_checked_for_every_seed(store, tmp_path):
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "mine.yaml").write_text("# @package _global_\nimports: ['part${seed}']")
+    (tmp_path / "part0.py").touch()
+    words = ("method=ce", "student.branches=1", "seed=0,1", "recipe=mine", f"hydra.searchpath=[file://{tmp_path}]")
+    outcome = sweep(tmp_path / "sweep", store, *words)
+    assert outcome.code == 2
+    assert outcome.err.startswith("ekd-train: error: job 1 (seed=1): imports: no module 'part1' in ")
+
+
+def test_jobs_are_checked_once_each_whatever_their_seeds(store, tmp_path, monkeypatch):
+    composed, checked = [], []
+    compose, check = internals.job_config, checking.check_job
+    monkeypatch.setattr(internals, "job_config", lambda *args: composed.append(args[1]) or compose(*args))
+    monkeypatch.setattr(checking, "check_job", lambda settings: checked.append(settings) or check(settings))
+    monkeypatch.setattr(program, "train", lambda cfg, output: None)
+    words = ("method=ce", "student.branches=1", "recipe.lr=0.1,0.2", "recipe.batch_size=32,16", "seed=range(5)")
+    outcome = sweep(tmp_path / "sweep", store, *words)
+    assert outcome.code == 0, outcome.err
+    assert len(composed) == 2 * 2  # nor does Hydra's sweeper compose them again
+    assert [settings.recipe.batch_size for settings in checked] == [32, 16]
+
+
+@pytest.mark.parametrize("missing", [None, "1", "sweep.json"])
+def test_a_used_folder_is_refused_with_advice_for_sweeps(counts, store, tmp_path, missing):
+    folder = tmp_path / "sweep"
+    shutil.copytree(counts[0].directory, folder)
+    if missing == "sweep.json":
+        (folder / missing).unlink()
+        shutil.rmtree(folder / "0")
+        told = f"{folder}/1: holds a finished run; give another hydra.sweep.dir, or overwrite=true to replace it"
+    else:
+        shutil.rmtree(folder / (missing or "nothing"), ignore_errors=True)
+        again = f"resume={folder} continues it; " if missing else ""
+        told = (
+            f"{folder}: holds an earlier sweep, {3 if missing else 4} of 4 runs done; {again}give another "
+            "hydra.sweep.dir, or overwrite=true to replace its runs"
+        )
+    before = sorted(path.name for path in folder.rglob("*"))
+    outcome = sweep(folder, store, "method=ce", "student.branches=1", "seed=0,1")
+    assert (outcome.code, outcome.out, outcome.err) == (2, "", f"ekd-train: error: {told}\n")
+    assert sorted(path.name for path in folder.rglob("*")) == before
+
+
+def test_a_directory_for_two_jobs_is_refused(store, tmp_path):
+    words = ("method=ce", "seed=0,1", "hydra.sweep.subdir=${method.name}")
+    outcome = sweep(tmp_path / "sweep", store, *words)
+    told = f"hydra.sweep.subdir: 2 jobs would share the directory {tmp_path}/sweep/ce; name all that varies in it"
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith(f"ekd-train: error: {told}")
+
+
+def test_a_resumed_sweep_is_checked_and_goes_on_without_a_job_that_can_never_run(store, tmp_path, caplog):
+    """Its plan may be of another version, with fewer checks."""
+    folder = tmp_path / "sweep"
+    common = ("method=branched_ce", *TINY, *SHORT, f"teachers.store={store}")
+    jobs = tuple(
+        Job(folder / name, (*common, f"student.branches={count}")) for name, count in (("0", 1), ("1", 0), ("2", 2))
+    )
+    folder.mkdir()
+    write_sweep(Sweep(folder, jobs, common=common))
+
+    def resume(*words: str) -> Outcome:
+        return call_train(f"resume={folder}", *words, directory=folder)
+
+    outcome = resume("trainer.max_epochs=9")
+    assert outcome.code == 2
+    assert "error: job 0 (student.branches=1) and 1 more: trainer.max_epochs=9: must be from 1 to" in outcome.err
+    assert not (folder / "1").exists()
+    outcome = resume()
+    told = "ekd-train: error: job 1 (student.branches=0): student.branches=0: must be at least 1; "
+    assert (outcome.code, outcome.err) == (2, f"{told}the same command runs the other jobs\n")
+    assert not (folder / "0").exists()
+    outcome = resume()
+    assert outcome.code == 1
+    assert "job 1 failed before and is left out: student.branches=0: must be at least 1" in caplog.messages
+    assert "2 of 3 runs done, 1 failed" in outcome.out

@@ -97,7 +97,7 @@ def run_compare(args: argparse.Namespace) -> bool:
     with session("plan", keep=False), phase("plan"), importing("PyTorch and Lightning"):
         from ekd_lightning.cli.train import run_shared_job  # noqa: PLC0415 (slow; --help needs none)
         from ekd_lightning.studies import planning  # noqa: PLC0415
-        from ekd_lightning.studies.launching import launch  # noqa: PLC0415
+        from ekd_lightning.studies.launching import launch, working_in  # noqa: PLC0415
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on, instead of printing its own report
     register_schema()
@@ -127,8 +127,9 @@ def run_compare(args: argparse.Namespace) -> bool:
             return True
         for place, (study, jobs) in planned.items():
             if jobs:
-                sweep = Sweep(place / RUNS, tuple(jobs), working_directory=study.working_directory)
-                launch(jobs, sweep, hydra_words, partial(run_shared_job, since=since), again)
+                sweep = Sweep(place / RUNS, tuple(jobs))
+                with working_in(study.working_directory):
+                    launch(jobs, sweep, hydra_words, partial(run_shared_job, since=since), again)
     complete = _report(args, declared)
     studies = {place: study if declared else read_study(place) or study for place, (study, _) in planned.items()}
     print_next(report_command([folder], folder / "report"), *_following(studies, declared, again, complete=complete))

@@ -5,6 +5,7 @@ Only this module runs code that a configuration names: modules of `imports`, and
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
@@ -298,12 +299,19 @@ def _is_in(module: str, packages: Sequence[str]) -> bool:
     return any(f"{module}.".startswith(f"{package}.") for package in packages)
 
 
-def resolved(config: DictConfig, key: str) -> str:
-    """A value of a configuration, with `${hydra:...}` resolved, which Hydra itself can do only in a running job."""
+@contextlib.contextmanager
+def as_running(config: DictConfig) -> Iterator[None]:
+    """Resolves `${hydra:...}` within the block by a job's configuration, as Hydra does while the job runs."""
     instance = HydraConfig.instance()
     before = instance.cfg
     try:
         instance.set_config(config)
-        return str(OmegaConf.select(config, key))
+        yield
     finally:
         instance.cfg = before
+
+
+def resolved(config: DictConfig, key: str) -> str:
+    """A value of a configuration, with `${hydra:...}` resolved."""
+    with as_running(config):
+        return str(OmegaConf.select(config, key))

@@ -21,6 +21,7 @@ from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from ekd_lightning.config.config import resolved
 
@@ -167,18 +168,38 @@ def sweep_jobs(config: DictConfig) -> list[tuple[str, list[str]]] | None:
     return [(_subdirectory(config, job, number), list(job)) for number, job in enumerate(jobs)]
 
 
-def job_config(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """The configuration of a job of a multirun, as the launcher composes it; both with the node `hydra`."""
-    return GlobalHydra.instance().config_loader().load_sweep_config(config, list(overrides))
+def job_config(config: DictConfig, overrides: Sequence[str], number: int) -> DictConfig:
+    """The configuration of a job of a multirun, as the launcher composes it; both with the node `hydra`.
+
+    Args:
+        config: Composed configuration of the multirun.
+        overrides: The job's overrides.
+        number: The job's number.
+    """
+    job = GlobalHydra.instance().config_loader().load_sweep_config(config, list(overrides))
+    with open_dict(job):
+        job.hydra.job.num = number
+        job.hydra.job.id = str(number)
+    return job
 
 
 def _subdirectory(config: DictConfig, overrides: Sequence[str], number: int) -> str:
     """The directory of a job below the sweep's, as the launcher will resolve it."""
-    job = job_config(config, overrides)
-    with open_dict(job):
-        job.hydra.job.num = number
-        job.hydra.job.id = str(number)
-    return resolved(job, "hydra.sweep.subdir")
+    try:
+        return resolved(job_config(config, overrides, number), "hydra.sweep.subdir")
+    except (HydraException, OmegaConfBaseException, ValueError, TypeError):  # the check of all jobs tells its mistake
+        return str(number)
+
+
+@contextlib.contextmanager
+def composed_before() -> Iterator[None]:
+    """Keeps Hydra's own sweeper, within the block, from composing all jobs once more before it starts them."""
+    checks = BasicSweeper.validate_batch_is_legal
+    BasicSweeper.validate_batch_is_legal = lambda *_: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        BasicSweeper.validate_batch_is_legal = checks  # type: ignore[method-assign]
 
 
 def launch(config: DictConfig, jobs: Sequence[Sequence[str]], task: TaskFunction) -> None:

@@ -16,6 +16,7 @@ from yaml import MarkedYAMLError
 
 from ekd_lightning.errors import unknown_name, users_line
 from ekd_lightning.roles import what_is_allowed
+from ekd_lightning.settings import Settings
 
 _MERGING = "Error merging override "
 
@@ -128,7 +129,10 @@ def _not_an_option(error: BaseException, words: Sequence[str]) -> str | None:
     if not (number or listed):
         return None
     value = r"\[.*" if listed else r"(null|true|false|[\d.eE+-]+)"
-    found = [word for word in words if re.fullmatch(rf"\+?[\w/@]*={value}", word)]
+    no_groups = [
+        name for name, usual in vars(Settings()).items() if not (is_dataclass(usual) or isinstance(usual, dict))
+    ]
+    found = [word for word in words if re.fullmatch(rf"\+?(?!({'|'.join(no_groups)})=)[\w/@]*={value}", word)]
     if listed and not found:
         return None
     return f"{' or '.join(found)}: a configuration group takes the name of one of its options, see --help"

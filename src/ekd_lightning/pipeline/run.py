@@ -133,7 +133,8 @@ def _run(
     if record and settings.resume is not None:
         record.refuse_complete(settings.recipe.epochs)  # another process may have completed it meanwhile
     elif record:
-        record.refuse_used(overwrite=settings.overwrite)
+        key = "hydra.run.dir" if sweep is None else "hydra.sweep.dir"
+        record.refuse_used(overwrite=settings.overwrite, key=key)
     with progress.phase("data"):
         prepared, trainer, report, threads = check_run(settings, directory, sweep, callbacks)
         checkpoint, step = _resume_point(settings, directory)

@@ -351,11 +351,12 @@ class RunDirectory:
             )
         return content
 
-    def refuse_used(self, *, overwrite: bool) -> None:
+    def refuse_used(self, *, overwrite: bool, key: str = "hydra.run.dir") -> None:
         """Refuses to start a new run where it would destroy an earlier one, or files that no run wrote.
 
         Args:
             overwrite: Whether an earlier run may be replaced; other files never are.
+            key: The setting by which the user chose the directory.
 
         Raises:
             UserError: If there is a result, also one of another version (a damaged one does not count), a run that can
@@ -366,7 +367,7 @@ class RunDirectory:
             if not (self.file(STATUS) or (self.path / HYDRA).is_dir()):  # a refused job and ekd-teach write it, too
                 names.append(CONFIG)
             for path in filter(None, map(self.file, names)):
-                raise UserError(f"{path}: exists, and no run wrote it; give another hydra.run.dir, or move the file")
+                raise UserError(f"{path}: exists, and no run wrote it; give another {key}, or move the file")
         if overwrite:
             return
         try:
@@ -379,7 +380,7 @@ class RunDirectory:
             holds = "a finished run"
         else:
             holds = "a finished run"
-        raise UserError(f"{self.path}: holds {holds}; give another hydra.run.dir, or overwrite=true to replace it")
+        raise UserError(f"{self.path}: holds {holds}; give another {key}, or overwrite=true to replace it")
 
     def refuse_complete(self, epochs: int) -> None:
         """Refuses to continue a run that completed all epochs of its recipe.

@@ -8,7 +8,6 @@ import os
 import signal
 import statistics
 import sys
-import tempfile
 import textwrap
 import threading
 import time
@@ -16,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from hydra import compose
 from hydra.types import TaskFunction
@@ -25,11 +23,9 @@ from rich.console import Console
 from rich.text import Text
 
 from ekd_lightning.config import internals
-from ekd_lightning.config.config import build_callbacks
 from ekd_lightning.config.edge import is_interrupt
 from ekd_lightning.config.overrides import override
-from ekd_lightning.errors import quiet
-from ekd_lightning.progress import part, readable
+from ekd_lightning.progress import readable
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import RunState
 from ekd_lightning.runs.writer import now
@@ -46,11 +42,6 @@ from ekd_lightning.studies.sweep import (
     varied_values,
 )
 
-if TYPE_CHECKING:
-    from ekd_lightning.pipeline.prepare import Prepared
-    from ekd_lightning.settings import Settings
-    from ekd_lightning.teachers.plan import PlannedTeacher
-
 log = logging.getLogger(__name__)
 
 _SAFE_PATH = "PYTHONSAFEPATH"
@@ -62,30 +53,17 @@ _GRACE_SECONDS = 30.0  # for interrupted jobs to say so and end
 _NOT_DONE = (RunState.FAILED, RunState.STOPPED, RunState.RUNNING, RunState.PLANNED)
 
 
-def check_job(settings: Settings) -> Prepared:
-    """Checks a job as its run would be, silently: the run itself logs its warnings.
+def multirun_config(sweep: Sweep, hydra_words: Sequence[str]) -> DictConfig:
+    """The configuration of the multirun that launches jobs of a sweep, with the node `hydra`.
 
-    Raises:
-        UserError: What the run would be refused for.
+    Hydra must be initialised with the package's configuration.
+
+    Args:
+        sweep: The sweep.
+        hydra_words: Overrides of Hydra, e.g. the launcher.
     """
-    from ekd_lightning.pipeline.run import check_run  # noqa: PLC0415 (slow; a report needs none)
-    from ekd_lightning.teachers.hardware import threads_as_before  # noqa: PLC0415
-
-    callbacks = build_callbacks(settings)
-    names = (None, "ekd_lightning", "pytorch_lightning", "lightning_fabric")
-    with threads_as_before(), quiet(*names), tempfile.TemporaryDirectory() as nowhere:
-        return check_run(settings, Path(nowhere), "sweep", callbacks)[0]
-
-
-def obtain_weights(teacher: PlannedTeacher) -> None:
-    """Finds or downloads the published weights of a planned teacher, so that no run has to; trains none.
-
-    Raises:
-        UserError: If they cannot be had.
-    """
-    if teacher.find_weights is not None:
-        with part(f"weights of {teacher.id}"):
-            teacher.find_weights()
+    own = ["hydra.mode=MULTIRUN", override("hydra.sweep.dir", str(sweep.folder))]
+    return compose(sweep.config_name, overrides=[*sweep.common, *hydra_words, *own], return_hydra_config=True)
 
 
 def launch(
@@ -105,10 +83,9 @@ def launch(
     Raises:
         KeyboardInterrupt: If the user interrupts, after all jobs have ended; its text is the sweep's state.
     """
-    own = ["hydra.mode=MULTIRUN", override("hydra.sweep.dir", str(sweep.folder))]
-    config = compose(sweep.config_name, overrides=[*sweep.common, *hydra_words, *own], return_hydra_config=True)
+    config = multirun_config(sweep, hydra_words)
     try:
-        with shared_gpus(config), watched(sweep), working_in(sweep.working_directory):
+        with shared_gpus(config), watched(sweep):
             internals.launch(config, [_words(job, sweep.folder) for job in jobs], task)
     except (KeyboardInterrupt, SystemExit) as stop:
         if not is_interrupt(stop):
@@ -151,7 +128,12 @@ def working_in(directory: str) -> Iterator[None]:
 
 def _words(job: Job, folder: Path) -> list[str]:
     place = override("hydra.sweep.subdir", job.directory.relative_to(folder).as_posix())
-    return [*job.overrides, place, *([override("resume", str(job.directory))] if job.resumed else [])]
+    return [*job.overrides, place, *resume_words(job)]
+
+
+def resume_words(job: Job) -> list[str]:
+    """The override that makes a job continue the run in its directory; none for a new run."""
+    return [override("resume", str(job.directory))] if job.resumed else []
 
 
 def is_queued(config: DictConfig) -> bool:

@@ -11,11 +11,11 @@ from typing import Any, cast
 
 from hydra.experimental.callback import Callback
 from hydra.types import TaskFunction
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
 from ekd_lightning.config import internals
 from ekd_lightning.config.commands import typed
-from ekd_lightning.config.config import import_user_modules, to_settings, warn_without_effect
+from ekd_lightning.config.config import warn_without_effect
 from ekd_lightning.config.directory import claim_output
 from ekd_lightning.config.edge import ConsoleLines, ending_callback
 from ekd_lightning.config.overrides import (
@@ -31,23 +31,23 @@ from ekd_lightning.config.overrides import (
     split_config_dir,
 )
 from ekd_lightning.errors import UserError
-from ekd_lightning.progress import part, phase, session
+from ekd_lightning.progress import phase, session
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import RunDirectory, RunState
 from ekd_lightning.runs.lock import DirectoryLock, LockedError
 from ekd_lightning.runs.words import check_words, names_code, require_named_code
 from ekd_lightning.runs.writer import now
-from ekd_lightning.settings import Settings, keys_where, may_change_between_parts
+from ekd_lightning.settings import keys_where, may_change_between_parts
+from ekd_lightning.studies.checking import JobChecks, refuse_mistakes, refuse_used, without_mistakes
 from ekd_lightning.studies.launching import (
-    check_job,
     is_queued,
     launch,
-    obtain_weights,
     stop_local_queue,
     stopped,
     update_progress,
     wait_for_local_queue,
     watched,
+    working_in,
 )
 from ekd_lightning.studies.sharing import shared_gpus
 from ekd_lightning.studies.sweep import Job, Sweep, found_sweep, job_states, read_sweep, show_summary, write_sweep
@@ -74,16 +74,20 @@ class SweepSummary(Callback):
             raise LockedError(
                 f"another sweep is running in this folder: {error}; give this one its own with hydra.sweep.dir=..."
             ) from None
+        try:
+            with session("plan", keep=False), phase("plan"):
+                sweep = planned_sweep(config, folder)
+                if sweep is not None:
+                    refuse_used(sweep, config)
+                    _check(config, sweep)
+        except BaseException:
+            stack.close()
+            raise
         _open.append((folder, stack, is_queued(config)))
-        sweep = planned_sweep(config, folder)
         if sweep is not None:
-            with session("plan", keep=False), phase("plan"), part("checking the first job"):
-                refuse_shared_mistake(config, sweep.jobs)
-            for job in sweep.jobs:
-                overwrite = "overwrite=true" in job.overrides or bool(config.get("overwrite"))
-                RunDirectory(job.directory).refuse_used(overwrite=overwrite)
             write_sweep(sweep)
             stack.enter_context(watched(sweep))
+            stack.enter_context(internals.composed_before())
         stack.enter_context(shared_gpus(config))
 
     def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
@@ -91,45 +95,15 @@ class SweepSummary(Callback):
         update_progress()
 
 
-def refuse_shared_mistake(config: DictConfig, jobs: Sequence[Job]) -> None:
-    """Refuses a sweep if all of its jobs would be refused for the same reason.
-
-    Args:
-        config: Composed configuration of the multirun, with the node `hydra`.
-        jobs: The jobs of the sweep.
+def _check(config: DictConfig, sweep: Sweep) -> None:
+    """Checks all jobs of a new sweep before the first one starts, and warns of common settings without effect.
 
     Raises:
-        UserError: With this reason.
+        UserError: If a run would be refused, with the overrides of its job.
     """
-    from ekd_lightning.pipeline.prepare import check_settings  # noqa: PLC0415 (slow; --help needs none)
-
-    found = set()
-    for job in jobs:
-        try:
-            settings = _settings(config, job)
-            import_user_modules(settings.imports)
-            if is_queued(config):  # a cluster may have other data and devices than this machine
-                check_settings(settings)
-            else:
-                for teacher in check_job(settings).pool:
-                    obtain_weights(teacher)
-            shared = [word for word in job.overrides if all(word in other.overrides for other in jobs)]
-            warn_without_effect([key_of(word) for word in shared], (_settings(config, other) for other in jobs))
-            return
-        except UserError as error:
-            found.add(str(error))
-        if len(found) > 1:
-            return
-    if found:
-        raise UserError(found.pop())
-
-
-def _settings(config: DictConfig, job: Job) -> Settings:
-    """The settings of a job of a multirun."""
-    chosen = internals.job_config(config, job.overrides).copy()
-    with open_dict(chosen):
-        chosen.pop("hydra")
-    return to_settings(chosen)
+    checks = JobChecks(config)
+    refuse_mistakes(checks.mistakes(sweep.jobs), sweep.jobs, sweep)
+    warn_without_effect([key_of(word) for word in sweep.common], checks.settings)
 
 
 def planned_sweep(config: DictConfig, folder: Path) -> Sweep | None:
@@ -246,8 +220,9 @@ def resume_sweep(folder: Path, argv: Sequence[str], task: TaskFunction) -> bool:
         print(f"{typed(folder)}: {done} of {len(states)} runs are done; ", end="")
         print(f"{running} running in other processes; " if running else "", end="")
         print(f"{len(jobs)} to be run, {again} of them from their last checkpoint", flush=True)
-        if jobs:
-            launch(jobs, sweep, hydra_words, task)
+        with working_in(sweep.working_directory) if jobs else contextlib.nullcontext():
+            if jobs := without_mistakes(jobs, left, sweep, hydra_words):
+                launch(jobs, sweep, hydra_words, task)
         show_summary(sweep)
     return all(state.run.is_over for state in job_states(sweep))
 

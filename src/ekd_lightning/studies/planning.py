@@ -31,8 +31,8 @@ from ekd_lightning.runs.directory import CONFIG, RunDirectory, RunState
 from ekd_lightning.runs.words import require_named_code
 from ekd_lightning.runs.writer import provenance
 from ekd_lightning.settings import Settings, is_free
+from ekd_lightning.studies.checking import check_job, obtain_weights
 from ekd_lightning.studies.cost import remaining_cost, training_cost
-from ekd_lightning.studies.launching import check_job, obtain_weights
 from ekd_lightning.studies.rows import plan_rows, with_tuned
 from ekd_lightning.studies.study import MATCHES, Composer, RowPlan, Study, continued, read_run, union
 from ekd_lightning.studies.sweep import Job

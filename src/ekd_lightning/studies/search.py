@@ -38,7 +38,7 @@ from ekd_lightning.progress import RUN_PHASES, part, phase, renew, session
 from ekd_lightning.runs.lock import check_directory
 from ekd_lightning.runs.protocol import Protocol
 from ekd_lightning.settings import Settings
-from ekd_lightning.studies.launching import check_job
+from ekd_lightning.studies.checking import check_job
 from ekd_lightning.studies.rows import SCORED_ON, warn_of_other_budgets
 from ekd_lightning.studies.space import SearchSpace, default_values, derive_space, describe_space, read_space
 from ekd_lightning.studies.storage import named_database
