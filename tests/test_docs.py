@@ -224,7 +224,8 @@ def step(prepared: Prepared, teachers: TeacherEnsemble | None = None) -> dict[st
     parameters = [*student.parameters(), *method.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=0.1)
     batch = first_batch(prepared)
-    loss = method(student.outputs(batch.images), teachers(batch.images) if teachers else None, batch)
+    taught = teachers(batch.images, method.teacher_stages) if teachers else None
+    loss = method(student.outputs(batch.images), taught, batch)
     loss.total.backward()
     assert all(parameter.grad is not None for parameter in parameters)
     optimizer.step()
@@ -257,11 +258,11 @@ def test_the_term_appears_beside_those_of_ekd_with_its_value(page: Snippets):
         logits = prepared.student.train().outputs(batch.images).branch_logits
         p = functional.softmax(logits / 2.0, dim=-1)
     found = step(prepared, gather_teachers(prepared.teachers))
-    five = {"ce_ensemble", "ce_branch", "kd_ensemble", "kd_branch", "feature_branch"}
-    assert found.keys() == {*five, "confidence"}
+    terms = {"ce_ensemble", "ce_branch", "kd_ensemble", "kd_branch", "maps1", "maps2", "maps3"}
+    assert found.keys() == {*terms, "confidence"}
     assert found["confidence"] == pytest.approx(float((p * p.log()).sum(-1).mean()), abs=1e-5)
     without = settings(page, "method=ekd_confidence", "method.terms.confidence.weight=0", "teachers=mine")
-    assert set(prepare(without, "cpu").method.terms) == five
+    assert set(prepare(without, "cpu").method.terms) == terms
 
 
 def test_the_method_is_chosen_by_name_and_uses_a_term_twice(page: Snippets):

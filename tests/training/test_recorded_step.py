@@ -115,10 +115,9 @@ SCHEDULES = {
     "a ramp": ("+method.terms.kd_ensemble.schedule={ramp_up: 0.5}",),
     "a drawn assignment": ("method.assignment=random",),
     "teachers weighted by image": (
-        "+method.terms.maps={type: feature_branch, weight: 1, feature: stage2, grid: 2, adapter: project}",
-        "method.terms.maps.teachers=all",
-        "method.terms.maps.confidence=entropy",
-        "method.terms.feature_branch.confidence=label",
+        "+method.terms.maps2.grid=2",
+        "+method.terms.maps2.confidence=entropy",
+        "+method.terms.maps3.confidence=label",
     ),
     "a teacher that changes": ("method.assignment={schedule: [[0, one_to_one], [0.4, [1, 0, 1]], [0.7, mean]]}",),
     "warm-up and steps": ("recipe.schedule=step", "recipe.warmup_epochs=0.5", "recipe.milestones=[0.6]"),
