@@ -3,11 +3,12 @@
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision.models import resnet18
 
 import ekd_lightning as ekd
 from ekd_lightning.data import load_dataset
 from ekd_lightning.data.views import to_unit
-from ekd_lightning.networks import NetworkSpec, TeacherIdentity, build_network, normalization, state_sha256
+from ekd_lightning.networks import NetworkSpec, normalization
 
 digits = load_dataset("digits", "data")
 train = TensorDataset(to_unit(digits.train.images), digits.train.labels)
@@ -15,9 +16,8 @@ test = TensorDataset(to_unit(digits.test.images), digits.test.labels)
 
 torch.manual_seed(0)
 spec = NetworkSpec("resnet8", num_classes=10, normalization=normalization("centered"), options={"width": 0.5})
-members = [build_network(spec) for _ in range(2)]  # stand for two trained networks
-names = [TeacherIdentity(f"teacher{m}", state_sha256(one), "mine", "resnet8") for m, one in enumerate(members)]
-teachers = ekd.TeacherEnsemble(members, names)
+members = [resnet18(num_classes=10) for _ in range(2)]  # stand for two trained networks, here of torchvision
+teachers = ekd.TeacherEnsemble(members, normalization="imagenet")
 student = ekd.BranchedStudent(spec, branches=2, split_after="stage1")
 method = ekd.method("ekd", student, teachers)
 

@@ -162,6 +162,51 @@ def networks(teachers=2):
     return student, ensemble, ekd.method("ekd", student, ensemble)
 
 
+def test_parts_that_do_not_fit_are_refused_when_they_meet():
+    student, ensemble, method = networks()
+    members = list(ensemble.members)
+    recipe = ekd.RecipeSettings(epochs=1)
+    with pytest.raises(UserError, match="teachers must be a TeacherEnsemble, not a list"):
+        ekd.method("ekd", student, members)
+    with pytest.raises(UserError, match="teachers must be a TeacherEnsemble, not a list"):
+        ekd.Distiller(student, method, recipe, teachers=members)
+    with pytest.raises(UserError, match="built for 2 branches and 2 teachers, not for 2 and 1"):
+        ekd.Distiller(student, method, recipe, teachers=ekd.TeacherEnsemble(members[:1]))
+    flat = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 10))
+    with pytest.raises(UserError, match=r"teacher 'Sequential-0': .* fails on images \[2, 3, 32, 32\]: RuntimeError"):
+        ekd.method("kd_mean", student, ekd.TeacherEnsemble([flat]))
+    assert ekd.method("kd_mean", student, ekd.TeacherEnsemble([flat]), image_size=8).needs_teachers
+
+
+class Halving(pl.LightningDataModule):
+    """A data module with a hook of its own that changes the batch."""
+
+    def __init__(self, images, labels):
+        super().__init__()
+        self.set = TensorDataset(images, labels)
+
+    def train_dataloader(self):
+        return DataLoader(self.set, batch_size=32)
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        images, labels = batch
+        return images / 2, labels
+
+
+def test_a_data_module_of_the_user_may_change_its_batches():
+    images, labels = torch.rand(32, 3, 32, 32), torch.arange(32) % 10
+    found = {}
+    for name, loader in (
+        ("halved", Halving(images, labels)),
+        ("plain", Halving(images / 2, labels).train_dataloader()),
+    ):
+        student, teachers, method = networks()
+        recipe = ekd.RecipeSettings(epochs=1, lr=1e-9)
+        trainer = fitted(ekd.Distiller(student, method, recipe, teachers=teachers), loader)
+        found[name] = trainer.callback_metrics["train/loss"]
+    assert torch.equal(found["halved"], found["plain"])
+
+
 def fitted(module, loader, **flags):
     trainer = pl.Trainer(
         max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, **flags
@@ -186,7 +231,7 @@ def test_any_loader_gives_the_losses_of_the_method():
     for some, truth in zip(images.split(32), labels.split(32), strict=True):
         unknown = torch.full_like(truth, -1)
         batch = Batch(some, truth, unknown, unknown, torch.ones_like(truth, dtype=torch.bool))
-        found.append(method(student.outputs(some), teachers(some), batch).terms)
+        found.append(method(student.outputs(some), teachers(some, method.teacher_stages), batch).terms)
     for name in method.terms:
         expected = torch.stack([terms[name] for terms in found]).mean()
         torch.testing.assert_close(trainer.callback_metrics[f"train/{name}"], expected, rtol=1e-4, atol=1e-5)
@@ -202,7 +247,7 @@ def test_a_trainer_longer_than_the_recipe_and_batches_by_name_are_said():
     named = [{"image": image, "label": label} for image, label in zip(images, labels, strict=True)]
     with (
         pytest.warns(UserWarning, match=r"max_epochs=3 of the Trainer, but the recipe has epochs=1"),
-        pytest.raises(UserError, match=r"must be \(images, labels\) or a Batch, not a dict"),
+        pytest.raises(UserError, match=r"must be \(images, labels\), not a dict"),
     ):
         pl.Trainer(**flags, **quiet, max_epochs=3).fit(module, DataLoader(named, batch_size=32))
 

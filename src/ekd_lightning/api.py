@@ -32,6 +32,9 @@ from ekd_lightning.data.datamodule import ImageDataModule
 from ekd_lightning.errors import UserError, quiet
 from ekd_lightning.methods import Method, TermContext, build_method
 from ekd_lightning.networks import BranchedStudent, TeacherEnsemble, load_student
+from ekd_lightning.networks.own import check_outputs
+from ekd_lightning.networks.staged import ImageSize
+from ekd_lightning.networks.teachers import require_ensemble
 from ekd_lightning.pipeline.run import run
 from ekd_lightning.progress import reported_by
 from ekd_lightning.runs.directory import STUDENT
@@ -157,7 +160,7 @@ def method(
     student: BranchedStudent,
     teachers: TeacherEnsemble | None = None,
     *,
-    image_size: int = 32,
+    image_size: ImageSize = 32,
     overrides: Sequence[str] = (),
 ) -> Method:
     """Builds a configured method for a student and its teachers, for a `Distiller` or your own training loop.
@@ -166,15 +169,21 @@ def method(
         name: The method, e.g. `ekd`.
         student: The student to train.
         teachers: The M teachers; None for methods without teachers.
-        image_size: Side of the images in pixels.
+        image_size: Side of the images in pixels, or (height, width).
         overrides: Settings as on the command line, e.g. `["method.terms.maps1.weight=0"]`.
 
     Raises:
-        UserError: For an unknown name, or a method that does not fit the networks.
+        UserError: For an unknown name, a method that does not fit the networks, or a network that does not return
+            logits for images of this size.
     """
     settings = _compose(f"method={name}", *overrides).method
+    if teachers is not None:
+        require_ensemble(teachers)
     members = () if teachers is None else teachers.members
     names = () if teachers is None else tuple(identity.id for identity in teachers.identities)
+    check_outputs(student, image_size, "student")
+    for member, own in zip(members, names, strict=True):
+        check_outputs(member, image_size, f"teacher {own!r}")
     context = TermContext.of(student, members, image_size=image_size, teacher_names=names)
     return build_method(
         settings.name, settings.terms, context, temperature=settings.temperature, assignment=settings.assignment

@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import textwrap
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -156,6 +157,13 @@ def require(extra: str, *packages: str, or_else: str = "") -> None:
 def one_line(error: Exception, most: int = 160) -> str:
     """Returns an error's message in one line of at most `most` characters; its type's name if it has no message."""
     return textwrap.shorten(str(error), most, placeholder=" …") or type(error).__name__
+
+
+def raised(error: Exception) -> str:
+    """Returns an error's type, message and place in one line, for errors in code of the user."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {one_line(error)}{place}"
 
 
 # The user can choose another path or make space; other OSErrors may be bugs.

@@ -275,8 +275,12 @@ def test_outputs_that_do_not_fit_the_method():
     method = build()
     with pytest.raises(ValueError, match="needs the teachers' outputs"):
         method(make_student(), None, make_batch())
-    with pytest.raises(ValueError, match=r"built for \(K, M\) = \(2, 3\), the outputs have \(K, M\) = \(4, 3\)"):
+    with pytest.raises(ValueError, match="built for 2 branches and 3 teachers, not for 4 and 3"):
         method(make_student(4), make_teachers(), make_batch())
+    maps = build({"maps": {"type": "feature_branch", "weight": 1, "feature": "last"}}, temperature=None)
+    bare = make_teachers()._replace(stages=({}, {}, {}))
+    with pytest.raises(UserError, match=r"needs the teachers' stages .*; call teachers\(images, method.teacher_stages"):
+        maps(make_student(), bare, make_batch())
 
 
 def test_methods_and_evaluation_need_neither_lightning_nor_hydra_nor_wandb():

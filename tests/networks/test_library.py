@@ -373,7 +373,7 @@ def test_a_teacher_of_no_class_teaches_features_alone(tmp_path, terms, assignmen
         if named is None:
             distill()
             continue
-        said = rf"the teacher 't1' predicts none of the data's 4 classes, .* remove method.terms.{named}"
+        said = rf"the teacher 't1' does not predict the data's 4 classes, .* remove method.terms.{named}"
         with pytest.raises(UserError, match=said):
             distill()
 
@@ -429,8 +429,12 @@ class Moody(Residual):
 @pytest.fixture
 def users(monkeypatch):
     module: Any = types.ModuleType("users_networks")
-    module.residual, module.moody, module.table = Residual, Moody, lambda: {}
-    for made in (Residual, Moody, module.table):
+
+    def failing():
+        raise RuntimeError("no weights")
+
+    module.residual, module.moody, module.table, module.failing = Residual, Moody, lambda: {}, failing
+    for made in (Residual, Moody, module.table, failing):
         monkeypatch.setattr(made, "__module__", "users_networks")
     module.system = os.system
     module.Linear = nn.Linear
@@ -454,6 +458,8 @@ def test_a_users_module_is_a_network_as_it_is(users):
         build_network(NetworkSpec("module:users_networks.residuals", 10, UNIT))
     with pytest.raises(UserError, match=r"its function returned a dict, not a torch.nn.Module"):
         build_network(NetworkSpec("module:users_networks.table", 10, UNIT))
+    with pytest.raises(UserError, match=r"its function raised RuntimeError: no weights \(test_library.py, line \d+\)"):
+        build_network(NetworkSpec("module:users_networks.failing", 10, UNIT))
 
 
 def test_a_users_function_is_run_for_real_alone(users, tmp_path, monkeypatch):

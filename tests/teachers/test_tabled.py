@@ -55,6 +55,22 @@ def test_rows_agree_with_live_teachers_up_to_float16(ensemble, tmp_path):
     assert torch.equal(known.logits, known.logits.half().float())
 
 
+@pytest.mark.parametrize("include_pooled", [False, True])
+def test_a_teacher_without_a_linear_end_has_tables(tmp_path, include_pooled):
+    layers = torch.nn.Sequential(torch.nn.Conv2d(3, C, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    ensemble = TeacherEnsemble([layers, tutors("resnet8").members[0]], num_classes=C)
+    batch = make_batch([3, 1], [0, 5])
+    cold = tabled(ensemble, tmp_path, include_pooled=include_pooled)
+    found, live = cold.outputs(batch), LiveTeachers(ensemble, PLAIN).outputs(batch)
+    cold.flush()
+    torch.testing.assert_close(found.logits, live.logits, rtol=1e-3, atol=1e-4)
+    for known, own in zip(found.pooled, live.pooled if include_pooled else (), strict=True):
+        torch.testing.assert_close(known, own, rtol=1e-3, atol=1e-4)
+    warm = tabled(ensemble, tmp_path, include_pooled=include_pooled)
+    assert same(warm.outputs(batch), found)
+    assert warm.misses == 0
+
+
 def test_two_image_sets_have_tables_of_their_own(ensemble, tmp_path):
     """Rows of either set are those of a table of it alone, whatever the other one is; and serve such a table."""
     shown = make_batch([3, 30, 7, 39, 3], [0, 17, 5, 2, 1])

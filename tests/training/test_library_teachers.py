@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
 import safetensors.torch
 import timm
 import torch
+from torch import nn
 
 from ekd_lightning.data import choose_subset, load_dataset, make_views
 from ekd_lightning.errors import UserError
-from ekd_lightning.networks import NetworkSpec, build_network, normalization, save_network
+from ekd_lightning.networks import NetworkSpec, build_network, normalization, register_network, registry, save_network
 from ekd_lightning.networks.cutting import UNKNOWN_LOGIT
 from ekd_lightning.pipeline.prepare import prepare
 from ekd_lightning.settings import RecipeSettings, TeacherSettings
@@ -153,6 +155,15 @@ def test_a_teacher_of_other_classes_teaches_its_features(plan, weights, tmp_path
     assert torch.equal(found.pooled[1], own.outputs(images).pooled)
     expected = module.forward_head(module.forward_features(teachers.members[0].normalize(images)), pre_logits=True)
     torch.testing.assert_close(found.pooled[0], expected)
+
+
+def test_a_teacher_that_fails_on_the_images_is_refused_before_it_trains(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(registry, "NETWORKS", copy.copy(registry.NETWORKS))
+    register_network("flat")(lambda spec: nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, spec.num_classes)))
+    settings = TeacherSettings(pool=[{"train": "resnet8"}, {"train": "flat"}], store=str(tmp_path))
+    said = r"teachers.pool\[1\]: network 'flat' fails on images \[2, 3, 32, 32\]: RuntimeError: mat1 and mat2"
+    with pytest.raises(UserError, match=said):
+        plan_teachers(settings, data, "cpu")
 
 
 def test_a_teacher_of_other_classes_without_a_linear_classifier_is_refused_at_once(tmp_path, data):

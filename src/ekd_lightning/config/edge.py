@@ -214,7 +214,6 @@ def quiet_libraries() -> None:
         ".*isinstance.treespec, LeafSpec.*",
         ".*Total length of .* across ranks is zero.*",  # a teacher has no validation images
         ".*is smaller than the logging interval.*",  # curves are per epoch
-        ".*overridden `on_after_batch_transfer` in both.*",  # the data module's is for its own batches
         ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
     ):
         warnings.filterwarnings("ignore", message)

@@ -16,7 +16,7 @@ from ekd_lightning.data.loader import Batch
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods.assignment import Assignment
 from ekd_lightning.methods.losses import combine_teachers
-from ekd_lightning.networks.cutting import unknown_classes
+from ekd_lightning.networks.own import unknown_to
 from ekd_lightning.networks.staged import (
     ImageSize,
     NetworkOutput,
@@ -182,7 +182,7 @@ class TermContext:
             **others: Further attributes: names, seed, training images; `unknown_classes` if the networks do not have
                 their weights yet.
         """
-        others.setdefault("unknown_classes", tuple(unknown_classes(teacher.head) for teacher in teachers))
+        others.setdefault("unknown_classes", tuple(unknown_to(teacher, student.num_classes) for teacher in teachers))
         return cls(
             num_classes=student.num_classes,
             num_branches=student.num_branches,

@@ -111,7 +111,7 @@ class Method(nn.Module):
             if reading and len(classes) == num_classes:
                 keys = ", ".join(f"method.terms.{key}" for key in reading)
                 raise UserError(
-                    f"the teacher {name} predicts none of the data's {num_classes} classes, so it can only teach "
+                    f"the teacher {name} does not predict the data's {num_classes} classes, so it can only teach "
                     f"features: remove {keys}, or, for a teacher of timm, torchvision, hub or module, map its classes "
                     f"to the data's with classes=[..] or train a new head with finetune=head"
                 )
@@ -144,6 +144,21 @@ class Method(nn.Module):
             rows = torch.cat(self.assignment.matrices()).tolist()  # random: one teacher per branch in every step
         groups = [[classes for classes, share in zip(unknown, row, strict=True) if share] for row in rows]
         return {c for group in groups for c in frozenset().union(*group).difference(frozenset.intersection(*group))}
+
+    def check_sizes(self, branches: int, teachers: int) -> None:
+        """Checks the numbers of branches and teachers, if a term uses the assignment.
+
+        Raises:
+            UserError: If they differ from those that the method was built for.
+        """
+        if self.assignment is None:
+            return
+        built = (self.assignment.num_branches, self.assignment.num_teachers)
+        if built != (branches, teachers):
+            raise UserError(
+                f"method {self.name!r} was built for {built[0]} branches and {built[1]} teachers, not for "
+                f"{branches} and {teachers}; build it for these networks"
+            )
 
     def named_terms(self) -> Iterator[tuple[str, Term]]:
         """Yields name and term of every term with a positive weight, in the method's order."""
@@ -227,14 +242,20 @@ class Method(nn.Module):
             The total and every term's unweighted value.
 
         Raises:
-            ValueError: If an active term needs teacher outputs or networks that are missing, or if K or M differ from
+            UserError: If an active term needs teacher outputs or networks that are missing, or if K or M differ from
                 those that the method was built for.
         """
         active = self.active_terms(progress)
         if teachers is None and any(term.needs_teachers for term in active.values()):
-            raise ValueError(f"method {self.name!r} needs the teachers' outputs; pass teachers=")
+            raise UserError(f"method {self.name!r} needs the teachers' outputs; pass teachers=")
+        lacking = set(_stages(active, "teacher_stages")).difference(*(() if teachers is None else teachers.stages[:1]))
+        if teachers is not None and lacking:
+            raise UserError(
+                f"method {self.name!r} needs the teachers' stages {', '.join(sorted(lacking))}; call "
+                "teachers(images, method.teacher_stages)"
+            )
         if networks is None and any(term.needs_networks for term in active.values()):
-            raise ValueError(f"method {self.name!r} needs the networks themselves; pass networks=")
+            raise UserError(f"method {self.name!r} needs the networks themselves; pass networks=")
         matrix_KM = self._assignment_for(student, teachers, step, progress, assignment_KM)
         context = StepContext(student, teachers, batch, matrix_KM, epoch, step, progress, networks, step_t)
         labelled = context if batch.num_labelled is None else context.labelled
@@ -270,10 +291,7 @@ class Method(nn.Module):
     ) -> Tensor | None:
         if self.assignment is None or teachers is None:
             return None
-        built = (self.assignment.num_branches, self.assignment.num_teachers)
-        given = (len(student.branch_logits), len(teachers.logits))
-        if built != given:
-            raise ValueError(f"method {self.name!r} was built for (K, M) = {built}, the outputs have (K, M) = {given}")
+        self.check_sizes(len(student.branch_logits), len(teachers.logits))
         matrix = self.assignment_at(step, progress) if assignment_KM is None else assignment_KM
         return (self.assignment.mean_KM if matrix is None else matrix).to(student.logits.device)
 

@@ -5,14 +5,16 @@ Shape letters: B batch, C classes, D features.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
+from torch.nn.parameter import UninitializedParameter
 
 from ekd_lightning.errors import UserError, unknown_name
 
@@ -20,8 +22,8 @@ UNKNOWN_LOGIT = -1e4
 """Logit of a class that a network does not know: it gives probability 0, and sums of such logits stay finite."""
 ABSENT = -1
 """Stands in a list of positions of classes for a class that a network does not know."""
-_PROBE = 224
-"""Image size in pixels at which stages are detected, unless the network has a fixed input size."""
+_PROBES = (224, 32, 64)
+"""Image sizes in pixels at which stages are detected, unless the network states its own; the first that works."""
 _SMALLER = 1.5
 """A stage ends where maps become smaller by at least this factor, so not at an unpadded convolution."""
 
@@ -50,7 +52,7 @@ def cut(module: nn.Module, image_size: int | None = None, stages: Mapping[str, s
     The module's containers are traced with `torch.fx`; its blocks stay whole. A cut is possible where the rest of the
     graph needs a single tensor. For every map size, a stage ends at the last possible cut. Stages are called `stem` (if
     its maps have at least half the image's size), `stage1`, `stage2`, and so on. A module that cannot be traced is
-    returned whole, as the neck.
+    returned whole, as the neck. One that takes none of the sizes tried has no stages, unless they are named.
 
     Args:
         module: Maps normalised images [B, 3, H, W] to logits [B, C]. Its blocks are shared with the parts, not copied.
@@ -58,9 +60,12 @@ def cut(module: nn.Module, image_size: int | None = None, stages: Mapping[str, s
         stages: Stage name -> name of the submodule that the stage ends with, in order; None detects the stages.
 
     Raises:
-        UserError: If `stages` is given and the module cannot be traced, a submodule does not exist, the module cannot
-            be cut after it, or the stages are not in order.
+        UserError: If the module returns several values or has lazy layers that never ran; if `stages` is given and the
+            module cannot be traced, a submodule does not exist, the module cannot be cut after it, or the stages are
+            not in order.
     """
+    if any(isinstance(value, UninitializedParameter) for value in module.parameters()):
+        raise UserError(f"{type(module).__name__} has lazy layers without weights; run it on images first")
     linears = [name for name, part in module.named_modules() if isinstance(part, nn.Linear)]
     head = linears[-1] if linears else None
     opened = _opened(module, head, stages or {})
@@ -68,8 +73,9 @@ def cut(module: nn.Module, image_size: int | None = None, stages: Mapping[str, s
     module.eval()  # leaves out auxiliary classifiers
     try:
         graph = _Tracer(opened).trace(module)
+        several = not isinstance(_returned(graph), fx.Node)
         whole = _with_dropout(module, graph)
-        shapes = _shapes(fx.GraphModule(whole, graph), image_size or _PROBE)
+        size, shapes = _shapes(fx.GraphModule(whole, graph), (image_size,) if image_size else _PROBES)
     except Exception:  # data-dependent control flow raises many kinds
         if stages:
             raise UserError(
@@ -79,9 +85,11 @@ def cut(module: nn.Module, image_size: int | None = None, stages: Mapping[str, s
         return Parts(neck=module)
     finally:
         module.train(training)
+    if several:
+        raise UserError(f"{type(module).__name__} returns several values or a container, not a tensor of logits alone")
     whole.train(training)
     classifier = _classifier(whole, graph, head)
-    ends = _named(whole, graph, stages) if stages else _by_size(graph, shapes, image_size or _PROBE, classifier)
+    ends = _named(whole, graph, stages) if stages else _by_size(graph, shapes, size, classifier)
     parts: dict[str, nn.Module] = {}
     begin = None
     for name, end in ends.items():
@@ -160,10 +168,13 @@ def _with_dropout(module: nn.Module, graph: fx.Graph) -> nn.Module:
     return extended
 
 
-def _result(graph: fx.Graph) -> fx.Node:
+def _returned(graph: fx.Graph) -> object:
     (output,) = graph.find_nodes(op="output")
-    (result,) = output.all_input_nodes
-    return result
+    return output.args[0]
+
+
+def _result(graph: fx.Graph) -> fx.Node:
+    return cast(fx.Node, _returned(graph))
 
 
 class _Shapes(fx.Interpreter):
@@ -181,7 +192,15 @@ class _Shapes(fx.Interpreter):
         return result
 
 
-def _shapes(traced: fx.GraphModule, size: int) -> dict[str, tuple[int, ...]]:
+def _shapes(traced: fx.GraphModule, sizes: tuple[int, ...]) -> tuple[int, dict[str, tuple[int, ...]]]:
+    """Returns the first image size that the module takes, and with it `_shapes_at`; nothing if it takes none."""
+    for size in sizes:
+        with contextlib.suppress(Exception):  # a linear layer after flattened maps of another size
+            return size, _shapes_at(traced, size)
+    return sizes[0], {}
+
+
+def _shapes_at(traced: fx.GraphModule, size: int) -> dict[str, tuple[int, ...]]:
     """Returns the shape of every node's output for one image, by the node's name."""
     try:
         shapes = _Shapes(copy.deepcopy(traced).to("meta"))

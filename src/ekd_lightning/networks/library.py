@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ekd_lightning.errors import UserError, few, one_line, require, unknown_name
+from ekd_lightning.errors import UserError, few, one_line, raised, require, unknown_name
 from ekd_lightning.files import read_json
 from ekd_lightning.networks.cutting import ABSENT, cut, select_classes
 from ekd_lightning.networks.hub import fetch
@@ -152,6 +152,8 @@ def make_module(name: str, num_classes: int, options: Mapping[str, Any], pretrai
             raise
         raise UserError(f"network {name!r} cannot be built with options {dict(options)} ({one_line(error)})") from None
     except Exception as error:
+        if library == "module":
+            raise UserError(f"network {name!r}: its function raised {raised(error)}") from error
         if not pretrained:
             raise
         raise UserError(f"network {name!r}: its published weights cannot be fetched ({one_line(error)})") from None

@@ -252,6 +252,11 @@ class StagedNetwork(nn.Module):
         """Names of the stages, in the order of execution."""
         return tuple(self.stages)
 
+    @property
+    def pooled_width(self) -> int:
+        """Width of `NetworkOutput.pooled`: D; without a linear head C, as it is then the logits."""
+        return self.num_features or self.spec.num_classes
+
     def classify(self, features: Tensor) -> Tensor:
         """Applies the network's classifier with frozen weights; gradients flow to the features only.
 

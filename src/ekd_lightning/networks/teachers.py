@@ -13,8 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ekd_lightning.errors import UserError, unknown_name
+from ekd_lightning.networks.own import as_staged
+from ekd_lightning.networks.spec import Normalization
 from ekd_lightning.networks.staged import LAST, StagedNetwork, TeacherOutput, stage_and_grid
 from ekd_lightning.networks.weights import state_sha256
+
+_Statistics = Normalization | str | None
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class TeacherIdentity:
     Attributes:
         id: the teacher's name: the zoo id, the file's stem, or the key in the teacher store.
         sha256: `weights.state_sha256` of the network; it does not depend on the file that holds the weights.
-        source: `zoo`, `file` or `trained`.
+        source: `zoo`, `file`, `trained`, or `memory` for a module that was handed over in Python.
         network: name of its network.
         detail: further facts (file, its SHA-256, accuracy, recipe); JSON-able.
     """
@@ -47,31 +51,56 @@ class TeacherEnsemble(nn.Module):
         identities: one for each member, in order.
     """
 
-    def __init__(self, members: Sequence[StagedNetwork], identities: Sequence[TeacherIdentity]) -> None:
+    def __init__(
+        self,
+        members: Sequence[nn.Module],
+        identities: Sequence[TeacherIdentity] | None = None,
+        *,
+        normalization: _Statistics | Sequence[_Statistics] = None,
+        num_classes: int | None = None,
+    ) -> None:
         """Freezes the members, without copying them.
 
         Args:
-            members: M networks, at least one, all with the same number of classes.
-            identities: their identities, in the same order.
+            members: M networks, at least one, all with the same number of classes: a `StagedNetwork`, or any module
+                from images [B, 3, H, W] to logits [B, C]. A module that ends with a linear layer also has pooled
+                features, and one that torch.fx can trace has stages.
+            identities: their identities, in the same order; None for the class or network and the position as id.
+            normalization: `Normalization` (or its name, such as `imagenet`) of the images of plain modules, one for all
+                or one for each member; None for modules that take images in [0, 1] as they are. A `StagedNetwork` has
+                its own.
+            num_classes: C; needed for modules that do not end with a linear layer.
 
         Raises:
-            UserError: when there are no members, or their numbers of classes differ.
+            UserError: when there are no members, their numbers of classes differ, a module cannot be a teacher, or
+                there is neither one normalisation nor one for each member.
             ValueError: when there is not one identity for each member.
         """
         super().__init__()
+        if not isinstance(members, Sequence | nn.ModuleList):
+            raise UserError(f"teachers must be a list of modules, not a {type(members).__name__}")
         if not members:
             raise UserError("a teacher ensemble needs at least 1 teacher, got 0")
-        if len(members) != len(identities):
-            raise ValueError(f"{len(members)} teachers but {len(identities)} identities")
-        for member, identity in zip(members, identities, strict=True):
-            if member.spec.num_classes != members[0].spec.num_classes:
+        statistics = _for_each(normalization, members)
+        networks = [as_staged(one, own, num_classes) for one, own in zip(members, statistics, strict=True)]
+        for member in members:
+            member.eval().requires_grad_(False)  # also the parts of a plain module that no stage contains
+        if identities is None:
+            identities = [
+                TeacherIdentity(f"{one.spec.name}-{m}", state_sha256(one), "memory", one.spec.name)
+                for m, one in enumerate(networks)
+            ]
+        if len(networks) != len(identities):
+            raise ValueError(f"{len(networks)} teachers but {len(identities)} identities")
+        for member, identity in zip(networks, identities, strict=True):
+            if member.spec.num_classes != networks[0].spec.num_classes:
                 raise UserError(
                     f"teachers disagree on the number of classes: {identities[0].id!r} has "
-                    f"{members[0].spec.num_classes}, {identity.id!r} has {member.spec.num_classes}"
+                    f"{networks[0].spec.num_classes}, {identity.id!r} has {member.spec.num_classes}"
                 )
         self.identities = tuple(identities)
         # A tuple, so that they are not submodules: no state dict, optimiser or `.train()` of a parent reaches them.
-        self.members = tuple(member.eval().requires_grad_(False) for member in members)
+        self.members = tuple(network.eval().requires_grad_(False) for network in networks)
 
     @property
     def num_teachers(self) -> int:
@@ -81,7 +110,7 @@ class TeacherEnsemble(nn.Module):
     @property
     def device(self) -> torch.device:
         """Device of the members."""
-        return next(self.members[0].parameters()).device
+        return self.members[0].normalize.mean.device
 
     @property
     def num_classes(self) -> int:
@@ -133,3 +162,22 @@ class TeacherEnsemble(nn.Module):
             found = state_sha256(member)
             if found != identity.sha256:
                 raise RuntimeError(f"teacher {identity.id!r} has changed: SHA-256 {found}, was {identity.sha256}")
+
+
+def require_ensemble(teachers: object) -> None:
+    """Raises a `UserError` for anything but an ensemble, such as a list of networks."""
+    if not isinstance(teachers, TeacherEnsemble):
+        raise UserError(f"teachers must be a TeacherEnsemble, not a {type(teachers).__name__}: TeacherEnsemble([...])")
+
+
+def _for_each(statistics: _Statistics | Sequence[_Statistics], members: Sequence[nn.Module]) -> list[_Statistics]:
+    """Returns the normalisation of each member; one for all is meant for those that have none of their own."""
+    if statistics is None or isinstance(statistics, str | Normalization):
+        plain = [not isinstance(member, StagedNetwork) for member in members]
+        return [statistics if own or not any(plain) else None for own in plain]
+    if len(statistics) != len(members):
+        raise UserError(
+            f"normalization has {len(statistics)} entries for {len(members)} teachers: give one, or one for each "
+            "(a name, Normalization(mean, std), or None)"
+        )
+    return list(statistics)

@@ -28,6 +28,7 @@ from ekd_lightning.evaluation.efficiency import count_macs, count_parameters
 from ekd_lightning.methods import Method, TermContext, build_method, needs_teachers, terms_with_labels, uses_assignment
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, TeacherEnsemble, build_network, normalization
 from ekd_lightning.networks.library import fixed_size
+from ekd_lightning.networks.own import check_outputs
 from ekd_lightning.networks.projection import classifier_width, own_teachers
 from ekd_lightning.networks.registry import is_of_library, require_network, thinned
 from ekd_lightning.networks.staged import sides
@@ -308,7 +309,9 @@ def build_student(
             "for plain students, so that it costs more and is not a plain control (student.branches=1 is)",
             stacklevel=2,
         )
-    return BranchedStudent(spec, branches=student.branches, split_after=student.split_after, ensemble=student.ensemble)
+    made = BranchedStudent(spec, branches=student.branches, split_after=student.split_after, ensemble=student.ensemble)
+    check_outputs(made, dataset.image_size, "student.network")
+    return made
 
 
 def _build_method(

@@ -186,7 +186,7 @@ def _needed_bytes(
         network = build_network(teacher.spec)
         columns: Columns = ((LOGITS, dataset.num_classes),)
         if pooled:
-            columns += ((POOLED, network.num_features),)
+            columns += ((POOLED, network.pooled_width),)
         needed += table_bytes(images, views.num_views, columns, set_size=in_sets)
         shapes = network.stage_shapes(dataset.image_size)
         widths = {stage: prod(shape_at(shapes, stage)) for stage in stages}

@@ -102,7 +102,7 @@ class TabledTeachers(TeacherSource):
         C = ensemble.num_classes
         self._shapes = [
             {LOGITS: (C,), POOLED: (D,), **{stage: shape_at(shapes, stage) for stage in self._stages}}
-            for D, shapes in ((one.num_features, one.stage_shapes(image_size)) for one in ensemble.members)
+            for D, shapes in ((one.pooled_width, one.stage_shapes(image_size)) for one in ensemble.members)
         ]
         keys = []
         for identity, shapes in zip(ensemble.identities, self._shapes, strict=True):

@@ -23,10 +23,11 @@ from ekd_lightning.methods import Method, Term
 from ekd_lightning.methods.assignment import make_assignment
 from ekd_lightning.methods.build import rebuild_method
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, TeacherEnsemble
-from ekd_lightning.networks.cutting import unknown_classes
 from ekd_lightning.networks.frozen import FrozenNetwork
+from ekd_lightning.networks.own import unknown_to
 from ekd_lightning.networks.projection import reuse_classifiers
 from ekd_lightning.networks.staged import ImageSize, NetworkOutput, StudentOutput
+from ekd_lightning.networks.teachers import require_ensemble
 from ekd_lightning.settings import RecipeSettings
 from ekd_lightning.teachers.hardware import compiled_or_not
 from ekd_lightning.teachers.source import LiveTeachers, TeacherSource
@@ -106,7 +107,8 @@ class Distiller(TrainingModule):
         recipe_key: Dotted key of the recipe in the configuration, for messages.
 
     Raises:
-        UserError: If the method compares classes that a teacher does not know.
+        UserError: If the method compares classes that a teacher does not know, or was built for other numbers of
+            branches and teachers.
     """
 
     def __init__(
@@ -125,7 +127,9 @@ class Distiller(TrainingModule):
     ) -> None:
         super().__init__(student, method, recipe, channels_last=channels_last, capture=capture, recipe_key=recipe_key)
         if method.needs_teachers and teachers is not None:  # a method may be built before they are loaded
-            unknown = [unknown_classes(member.head) for member in teachers.members]
+            require_ensemble(teachers)
+            method.check_sizes(student.num_branches, teachers.num_teachers)
+            unknown = [unknown_to(member, student.num_classes) for member in teachers.members]
             names = [repr(identity.id) for identity in teachers.identities]
             method.check_classes(unknown, names, student.num_classes)
         if student.spec.projection is not None and teachers is not None:
@@ -195,6 +199,8 @@ class Distiller(TrainingModule):
             student = BranchedStudent(**arguments)
             own = {name: known[name] for name in ("channels_last", "fold_teachers", "compile_student", "capture")}
             own["recipe"] = RecipeSettings().changed(known["recipe"], "recipe")
+            if teachers is not None:
+                _require_same([identity.sha256 for identity in teachers.identities], checkpoint)
             method = method or rebuild_method(known["method"])
             module = cls(student, method, **{**own, "teachers": teachers, **options})
             if teachers is None:
@@ -375,11 +381,15 @@ class Distiller(TrainingModule):
         Raises:
             UserError: If their hashes or their order differ.
         """
-        if checkpoint.get("teachers") != self._teacher_hashes():
-            raise UserError(
-                f"the checkpoint needs the teachers that it was trained with, of SHA-256 {checkpoint.get('teachers')}, "
-                f"in this order; given: {self._teacher_hashes()}"
-            )
+        _require_same(self._teacher_hashes(), checkpoint)
 
     def _teacher_hashes(self) -> list[str]:
         return [teacher["sha256"] for teacher in self.hparams["teachers"]]
+
+
+def _require_same(hashes: list[str], checkpoint: dict[str, Any]) -> None:
+    if checkpoint.get("teachers") != hashes:
+        raise UserError(
+            f"the checkpoint needs the teachers that it was trained with, of SHA-256 {checkpoint.get('teachers')}, "
+            f"in this order; given: {hashes}"
+        )

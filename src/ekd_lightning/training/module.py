@@ -22,6 +22,7 @@ from ekd_lightning.methods import Method
 from ekd_lightning.networks import BranchedStudent
 from ekd_lightning.networks.staged import in_memory_format
 from ekd_lightning.settings import RecipeSettings
+from ekd_lightning.training.batches import as_batch, as_images
 from ekd_lightning.training.recorded_step import EpochRows, RecordedStep, StepValues, why_not_recorded
 from ekd_lightning.training.steps import StepLog, WeightAverage, make_optimizer
 
@@ -220,10 +221,8 @@ class TrainingModule(pl.LightningModule):
         except torch.OutOfMemoryError as error:
             raise UserError(self._out_of_memory(error)) from error
 
-    def _eager_step(self, batch: Batch | IndexBatch) -> Tensor:
-        if not isinstance(batch, Batch):
-            raise UserError(f"a training batch must be (images, labels) or a Batch, not a {type(batch).__name__}")
-        total, logged = self._loss_and_values(batch)
+    def _eager_step(self, batch: Any) -> Tensor:
+        total, logged = self._loss_and_values(as_batch(batch, self.student.num_classes))
         self._step_log.append(logged)
         if total.device.type == "cpu" and self.trainer.world_size == 1 and not self._step_log.last_is_finite():
             self._refuse_non_finite()  # before the optimiser changes the weights
@@ -352,23 +351,11 @@ class TrainingModule(pl.LightningModule):
             f"{name} is {value} in {epoch}, step {step + 1} of the epoch; {self.teacher_to_blame(step, name) or advice}"
         )
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Makes a `Batch` of (images [B, 3, H, W] in [0, 1], labels [B]), as other data loaders yield.
-
-        Raises:
-            UserError: If the images are not floating point in [0, 1].
-        """
-        if isinstance(batch, (tuple, list)) and not isinstance(batch, Batch) and len(batch) == 2:
-            images, labels = batch
-            if not images.is_floating_point() or images.min() < 0 or images.max() > 1:
-                raise UserError("images of a data loader must be floating point in [0, 1]; networks normalise them")
-            unknown = torch.full_like(labels, -1)
-            return Batch(images, labels, unknown, unknown, torch.ones_like(labels, dtype=torch.bool))
-        return batch
-
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Returns the logits [B, C] of a batch, or of images [B, 3, H, W] alone."""
-        return self.student(batch if isinstance(batch, Tensor) else batch[0])
+        if isinstance(batch, Batch):
+            return self.student(batch.images)
+        return self.student(as_images(batch if isinstance(batch, Tensor) else batch[0]))
 
     def _in_format(self, batch: Batch) -> Batch:
         return batch._replace(images=batch.images.contiguous(memory_format=self._memory_format))
@@ -406,7 +393,8 @@ class TrainingModule(pl.LightningModule):
         """Logs the test scores."""
         self._log_scores(self.test_section, self.test_scores)
 
-    def _score(self, scores: ClassificationScores, batch: Batch) -> None:
+    def _score(self, scores: ClassificationScores, batch: Any) -> None:
+        batch = as_batch(batch, self.student.num_classes)
         output = self.student.outputs(self._in_format(batch).images)
         scores.update(output.logits.float(), batch.labels, batch.valid, output.branch_logits)
 

@@ -36,6 +36,7 @@ from ekd_lightning.networks.library import (
     usual,
     weight_classes,
 )
+from ekd_lightning.networks.own import check_outputs
 from ekd_lightning.networks.registry import library_version
 from ekd_lightning.networks.staged import sides
 from ekd_lightning.networks.weights import read_spec
@@ -57,12 +58,14 @@ def plan_teachers(settings: TeacherSettings, data: TeacherData, accelerator: str
         One plan per teacher; none has been loaded or trained.
 
     Raises:
-        UserError: If the pool is empty, a name is unknown, or a teacher does not fit the data.
+        UserError: If the pool is empty, a name is unknown, or a teacher does not fit the data or returns no logits.
     """
     count = len(settings.pool) if settings.count is None else settings.count
     if count == 0:
         raise UserError("teachers.pool=[]: must name at least one teacher, as the method needs teachers")
     plans = [_plan(settings, settings.entry(m), f"teachers.pool[{m}]", data, accelerator) for m in range(count)]
+    for m, plan in enumerate(plans):
+        check_outputs(build_network(plan.spec), data.dataset.image_size, f"teachers.pool[{m}]")
     plans = [_of_classes(plan, f"teachers.pool[{m}]", data.dataset.num_classes) for m, plan in enumerate(plans)]
     twice = {plan.id for plan in plans if sum(other.id == plan.id for other in plans) > 1}
     if twice:
