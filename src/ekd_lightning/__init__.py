@@ -89,7 +89,7 @@ def push(folder: str | Path, repository: str, *, private: bool = True) -> str:
     return hub.push(folder, repository, private=private)
 
 
-def read_images(files: Iterable[str | Path], size: int | tuple[int, int]) -> Tensor:
+def read_images(files: str | Path | Iterable[str | Path], size: int | tuple[int, int]) -> Tensor:
     """Reads image files for a loaded student; see `ekd_lightning.data.decoding.read_images`."""
     from ekd_lightning.data import decoding  # noqa: PLC0415 (`import ekd_lightning` stays cheap)
 

@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from ekd_lightning.cli.data import main
 from ekd_lightning.data import catalog
@@ -22,6 +23,17 @@ def test_digits(capsys, tmp_path):
         assert part in out
     assert out.endswith(f"\nnext:\n  ekd-train data=digits data.root={tmp_path}\n")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_suggested_command_reads_the_images_that_were_decoded(capsys, tmp_path):
+    for number in range(20):
+        folder = tmp_path / "own" / ("owl", "wren")[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8, 3), number, np.uint8)).save(folder / f"{number}.png")
+    for given, word in (([], "null"), (["--image-size", "6"], "6")):
+        main(["folder:own", "--root", str(tmp_path / "own"), "--cache", str(tmp_path / "cache"), *given])
+        command = f"  ekd-train data=folder data.name=own data.root={tmp_path / 'own'} data.image_size={word}\n"
+        assert capsys.readouterr().out.endswith(command)
 
 
 def test_own_images(capsys, tmp_path):

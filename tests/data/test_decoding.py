@@ -142,6 +142,8 @@ def test_files_for_a_student_are_read_as_those_of_a_data_set(tmp_path, size):
     expected = decoded(tmp_path, [file.read_bytes() for file in files], shape)[1]
     assert np.array_equal(read_images(files, size).numpy(), expected)
     assert read_images([], size).shape == (0, 3, *shape)
+    assert np.array_equal(read_images(files[0], size).numpy(), expected[:1])
+    assert np.array_equal(read_images(str(files[0]), size).numpy(), expected[:1])
     files[1].write_text("text")
     with pytest.raises(UserError, match=r"clear.png: is not an image$"):
         read_images(map(str, files), size)

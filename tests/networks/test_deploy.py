@@ -259,6 +259,11 @@ def test_a_device_that_is_not_there(folder):
         load(folder / "good.safetensors", device="cuda")
 
 
+def test_a_device_of_no_kind_is_named(folder):
+    with pytest.raises(UserError, match="device 'gpu' is none of PyTorch's; give cpu or cuda"):
+        load(folder / "good.safetensors", device="gpu")
+
+
 # -- int8 -------------------------------------------------------------------------------------------------
 
 

@@ -75,6 +75,8 @@ def _words(settings: DataSettings) -> list[str]:
         words.append(typed_override("data.root", settings.root))
     if settings.image_size is not None:
         words.append(f"data.image_size={settings.image_size}")
+    elif settings.source == "folder":  # conf/data/folder.yaml has a size
+        words.append("data.image_size=null")
     return [*words, *(["data.skip_broken=true"] if settings.skip_broken else [])]
 
 

@@ -169,11 +169,11 @@ def _pixels(content: bytes | Image.Image, size: tuple[int, int], exact: bool) ->
     return np.ascontiguousarray(np.asarray(fitted(image, size)).transpose(2, 0, 1)).tobytes()
 
 
-def read_images(files: Iterable[str | Path], size: int | tuple[int, int]) -> Tensor:
+def read_images(files: str | Path | Iterable[str | Path], size: int | tuple[int, int]) -> Tensor:
     """Reads image files as `data=folder` does: upright RGB, resized to cover `size`, the centre cropped.
 
     Args:
-        files: Images of any mode, size and format that Pillow reads.
+        files: Images of any mode, size and format that Pillow reads, or one of them.
         size: Side of square images in pixels, or (height, width), e.g. a loaded student's `image_size`.
 
     Returns:
@@ -184,7 +184,7 @@ def read_images(files: Iterable[str | Path], size: int | tuple[int, int]) -> Ten
     """
     shape = (size, size) if isinstance(size, int) else size
     pixels = bytearray()
-    for file in files:
+    for file in [files] if isinstance(files, str | Path) else files:
         try:
             pixels += _pixels(Path(file).read_bytes(), shape, exact=False)
         except OSError as error:

@@ -141,7 +141,10 @@ def load_deployed(path: str | Path, device: torch.device | str = "cpu") -> Deplo
     path = Path(path)
     if path.suffix not in SUFFIXES.values():
         raise UserError(f"{path}: not an exported student, whose file ends in {', '.join(SUFFIXES.values())}")
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device {device!r} is none of PyTorch's; give cpu or cuda") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device {device}: PyTorch finds no CUDA device on this machine; use device=cpu")
     try:
