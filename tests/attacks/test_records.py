@@ -28,6 +28,7 @@ from ekd_lightning.reporting.report import make_report, summary
 from ekd_lightning.reporting.report_files import runs_csv
 from ekd_lightning.runs.collection import RunEntry, collect
 from ekd_lightning.runs.directory import RunDirectory
+from ekd_lightning.runs.writer import RunWriter
 from ekd_lightning.studies.rows import read_tuned
 from ekd_lightning.studies.space import read_space
 from ekd_lightning.studies.study import read_study
@@ -147,7 +148,7 @@ DOCUMENTS: dict[str, tuple[str, Any, tuple[Callable[[Path], Any], ...]]] = {
     "result": (
         "result.json",
         RESULT,
-        (lambda run: RunDirectory(run).finished_result(), lambda run: RunDirectory(run).refuse_complete(2)),
+        (lambda run: RunDirectory(run).finished_result(), lambda run: RunWriter(run).refuse_complete(2)),
     ),
     "config": (
         "config.yaml",

@@ -33,7 +33,7 @@ from ekd_lightning.studies import launching, planning
 from ekd_lightning.studies import study as studies
 from ekd_lightning.studies.rows import make_row, match_overrides, matched_row
 
-WHOLE_TEST = tuple(word for word in TINY if not word.startswith(("data.fraction", "trainer.limit_test")))
+WHOLE_TEST = tuple(w for w in TINY if not w.startswith(("method=", "data.fraction", "trainer.limit_test")))
 ROWS = ("--methods", "ce,kd_mean,ekd", "--no-controls", "--fractions", "0.1")
 
 

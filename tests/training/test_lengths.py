@@ -18,7 +18,7 @@ from ekd_lightning.methods import TermContext, build_method
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, load_student, normalization
 from ekd_lightning.pipeline.prepare import prepare
 from ekd_lightning.pipeline.run import run
-from ekd_lightning.runs.directory import RunDirectory
+from ekd_lightning.runs.writer import RunWriter
 from ekd_lightning.settings import RecipeSettings
 from ekd_lightning.teachers.tabled import TabledTeachers
 from ekd_lightning.training.distiller import Distiller
@@ -32,7 +32,7 @@ def test_a_run_cut_inside_its_last_epoch_counts_what_ran(tiny_settings, tmp_path
     result = run(settings, tmp_path, config={})
     assert (result["epochs_done"], result["steps"]) == (1, 7)
     assert result["images_per_second"] * result["train_seconds"] == pytest.approx(7 * 32)
-    RunDirectory(tmp_path).refuse_complete(2)  # as it can be continued
+    RunWriter(tmp_path).refuse_complete(2)  # as it can be continued
     student, prepared = load_student(tmp_path / "student.safetensors"), prepare(settings, "cpu")
     index, images = prepared.subset.val_index, prepared.dataset.train
     with torch.no_grad():

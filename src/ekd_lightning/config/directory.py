@@ -118,7 +118,7 @@ def refuse_taken(directory: Path, config: DictConfig) -> None:
     if (other := holder(directory)) is not None:
         raise LockedError(f"{directory}: in use by {other}")
     if config.get("resume") is None:
-        RunDirectory(directory).refuse_used(overwrite=bool(config.get("overwrite")))
+        RunWriter(directory).refuse_used(overwrite=bool(config.get("overwrite")))
 
 
 def new_directory(wanted: Path, *, numbered: bool) -> Path:

@@ -23,6 +23,7 @@ from ekd_lightning.errors import UserError
 from ekd_lightning.files import DamagedFileError
 from ekd_lightning.runs.directory import CONFIG, OVERRIDES, RunDirectory
 from ekd_lightning.runs.words import names_code, require_named_code
+from ekd_lightning.runs.writer import RunWriter
 from ekd_lightning.settings import Settings, is_free, is_place, keys_where, may_change_between_parts
 
 SWEEP_FILE = "sweep.json"
@@ -224,7 +225,7 @@ def expand_resume(argv: list[str]) -> list[str]:
     if directory is None:
         return argv
     read_config(directory, "resume=")
-    if not (run := RunDirectory(directory)).is_held():  # else its lock refuses it, or this process is one of its ranks
+    if not (run := RunWriter(directory)).is_held():  # else its lock refuses it, or this process is one of its ranks
         epochs = run.section("recipe").get("epochs")
         if not isinstance(epochs, int):
             raise DamagedFileError(f"{directory / CONFIG}: damaged (recipe.epochs is {epochs!r})")

@@ -17,7 +17,7 @@ import numpy as np
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import DamagedFileError, read_bytes, read_json, read_yaml
 from ekd_lightning.runs.lock import is_held
-from ekd_lightning.runs.result import NotAResultError, Result
+from ekd_lightning.runs.result import NotAResultError, Result, complete
 from ekd_lightning.runs.words import check_words
 
 FORMAT = 2
@@ -205,15 +205,9 @@ class RunDirectory:
         content = self._read(RESULT)
         if content is None:
             raise FileNotFoundError(self.path / RESULT)
-        if content.pop("format", 1) == 1:  # it recorded the fraction after rounding to whole images
-            with contextlib.suppress(DamagedFileError):
-                requested = self.section("data").get("fraction")
-                content["fraction"] = content.get("fraction") if requested is None else requested
-        if content.get("num_unlabelled_images") and "unlabelled_from" not in content:  # only config.yaml has it
-            with contextlib.suppress(DamagedFileError):
-                if data := self.section("data"):
-                    content["unlabelled_from"] = "rest" if data.get("unlabelled") == "rest" else "own"
-                    content["epoch_over"] = str(data.get("epoch", "labelled"))
+        fraction_is_rounded = content.pop("format", 1) == 1
+        with contextlib.suppress(DamagedFileError):
+            complete(content, lambda: self.section("data"), fraction_is_rounded=fraction_is_rounded)
         try:
             return Result.of(content)
         except NotAResultError as error:
@@ -350,52 +344,6 @@ class RunDirectory:
                 f"remove it and {CURVES_SUM} to continue without its curves"
             )
         return content
-
-    def refuse_used(self, *, overwrite: bool, key: str = "hydra.run.dir") -> None:
-        """Refuses to start a new run where it would destroy an earlier one, or files that no run wrote.
-
-        Args:
-            overwrite: Whether an earlier run may be replaced; other files never are.
-            key: The setting by which the user chose the directory.
-
-        Raises:
-            UserError: If there is a result, also one of another version (a damaged one does not count), a run that can
-                be resumed, or a file of no run with the name of one that the new run writes.
-        """
-        if not self.was_started():
-            names = [CURVES, ARRAYS, STUDENT, f"{CHECKPOINTS}/{LAST}", f"{CHECKPOINTS}/{BEST}"]
-            if not (self.file(STATUS) or (self.path / HYDRA).is_dir()):  # a refused job and ekd-teach write it, too
-                names.append(CONFIG)
-            for path in filter(None, map(self.file, names)):
-                raise UserError(f"{path}: exists, and no run wrote it; give another {key}, or move the file")
-        if overwrite:
-            return
-        try:
-            self.read_result()
-        except (FileNotFoundError, DamagedFileError):
-            if not self.can_resume():
-                return
-            holds = f"an unfinished run with checkpoints; resume={self.path} continues it"
-        except ForeignRecordError:
-            holds = "a finished run"
-        else:
-            holds = "a finished run"
-        raise UserError(f"{self.path}: holds {holds}; give another {key}, or overwrite=true to replace it")
-
-    def refuse_complete(self, epochs: int) -> None:
-        """Refuses to continue a run that completed all epochs of its recipe.
-
-        A run that trainer.max_epochs, max_time or a callback ended earlier has a result, too, and can go on.
-
-        Args:
-            epochs: Epochs of the recipe.
-
-        Raises:
-            UserError: If the run completed them.
-        """
-        result = self.recorded().result
-        if result is not None and (result.epochs_done or 0) >= epochs:
-            raise UserError(f"resume={self.path}: the run is done, there is nothing to continue")
 
     def was_started(self) -> bool:
         """Whether a run has started here, so that files with the names of a run's files are its own."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any, TypedDict, get_type_hints
@@ -220,3 +220,19 @@ def _hints() -> dict[str, Any]:
 def is_number(value: Any) -> bool:
     """Whether a field holds a finite number."""
     return is_finite(value)
+
+
+def complete(record: dict[str, Any], data: Callable[[], Mapping[str, Any]], *, fraction_is_rounded: bool) -> None:
+    """Adds to the record of an earlier version what only the group `data` of its configuration has.
+
+    Args:
+        record: Of result.json.
+        data: Reads the group; it is empty if it is missing.
+        fraction_is_rounded: Whether the fraction was recorded after rounding to whole images, as in version 0.1.
+    """
+    if fraction_is_rounded:
+        requested = data().get("fraction")
+        record["fraction"] = record.get("fraction") if requested is None else requested
+    if record.get("num_unlabelled_images") and "unlabelled_from" not in record and (group := data()):
+        record["unlabelled_from"] = "rest" if group.get("unlabelled") == "rest" else "own"
+        record["epoch_over"] = str(group.get("epoch", "labelled"))

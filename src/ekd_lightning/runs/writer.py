@@ -20,7 +20,7 @@ import numpy as np
 from filelock import FileLock
 
 from ekd_lightning import __version__
-from ekd_lightning.errors import loaded_plugins
+from ekd_lightning.errors import UserError, loaded_plugins
 from ekd_lightning.files import (
     DamagedFileError,
     UnwritableFileError,
@@ -33,15 +33,21 @@ from ekd_lightning.files import (
 )
 from ekd_lightning.runs.directory import (
     ARRAYS,
+    BEST,
+    CHECKPOINTS,
+    CONFIG,
     CURVES,
     CURVES_SUM,
     EXPORT,
     FORMAT,
+    HYDRA,
     INTERRUPTED,
+    LAST,
     PROVENANCE,
     RESULT,
     STATUS,
     STUDENT,
+    ForeignRecordError,
     RunDirectory,
     sha256_of,
 )
@@ -99,6 +105,52 @@ class RunWriter(RunDirectory):
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+
+    def refuse_used(self, *, overwrite: bool, key: str = "hydra.run.dir") -> None:
+        """Refuses to start a new run where it would destroy an earlier one, or files that no run wrote.
+
+        Args:
+            overwrite: Whether an earlier run may be replaced; other files never are.
+            key: The setting by which the user chose the directory.
+
+        Raises:
+            UserError: If there is a result, also one of another version (a damaged one does not count), a run that can
+                be resumed, or a file of no run with the name of one that the new run writes.
+        """
+        if not self.was_started():
+            names = [CURVES, ARRAYS, STUDENT, f"{CHECKPOINTS}/{LAST}", f"{CHECKPOINTS}/{BEST}"]
+            if not (self.file(STATUS) or (self.path / HYDRA).is_dir()):  # a refused job and ekd-teach write it, too
+                names.append(CONFIG)
+            for path in filter(None, map(self.file, names)):
+                raise UserError(f"{path}: exists, and no run wrote it; give another {key}, or move the file")
+        if overwrite:
+            return
+        try:
+            self.read_result()
+        except (FileNotFoundError, DamagedFileError):
+            if not self.can_resume():
+                return
+            holds = f"an unfinished run with checkpoints; resume={self.path} continues it"
+        except ForeignRecordError:
+            holds = "a finished run"
+        else:
+            holds = "a finished run"
+        raise UserError(f"{self.path}: holds {holds}; give another {key}, or overwrite=true to replace it")
+
+    def refuse_complete(self, epochs: int) -> None:
+        """Refuses to continue a run that completed all epochs of its recipe.
+
+        A run that trainer.max_epochs, max_time or a callback ended earlier has a result, too, and can go on.
+
+        Args:
+            epochs: Epochs of the recipe.
+
+        Raises:
+            UserError: If the run completed them.
+        """
+        result = self.recorded().result
+        if result is not None and (result.epochs_done or 0) >= epochs:
+            raise UserError(f"resume={self.path}: the run is done, there is nothing to continue")
 
     def _remove_model_card(self) -> None:
         """Removes the card of the exported student, unless the user has edited it."""

@@ -20,7 +20,7 @@ from ekd_lightning.config.config import as_running, build_callbacks, import_user
 from ekd_lightning.config.mistakes import line_of
 from ekd_lightning.errors import UserError, quiet
 from ekd_lightning.progress import importing, part, phase, session, track
-from ekd_lightning.runs.directory import RunDirectory, RunState
+from ekd_lightning.runs.directory import RunState
 from ekd_lightning.runs.lock import DirectoryLock, LockedError, holder
 from ekd_lightning.runs.writer import RunWriter
 from ekd_lightning.settings import Settings
@@ -242,7 +242,7 @@ def refuse_used(sweep: Sweep, config: DictConfig) -> None:
         if (other := holder(job.directory)) is not None:
             raise LockedError(f"{job.directory}: in use by {other}; give this sweep another hydra.sweep.dir")
         overwrite = "overwrite=true" in job.overrides or bool(config.get("overwrite"))
-        run = RunDirectory(job.directory)
+        run = RunWriter(job.directory)
         try:
             run.refuse_used(overwrite=overwrite, key="hydra.sweep.dir")
         except UserError:

@@ -115,53 +115,81 @@ def plan(study: Study, folder: Path, compose: Composer, *, retry_failed: bool) -
     Raises:
         UserError: If a row cannot be run, or a directory holds a run with another configuration.
     """
-    ordered: list[tuple[tuple[float, int, int], Job]] = []
-    left, running, done, recorded = [], 0, list[RunEntry](), list[RunEntry]()
-    checked, inputs = list[Settings](), StudyInputs()
-    free = [word for word in study.common if may_be_given(word)]
+    found = _Runs(study, folder, compose, retry_failed=retry_failed)
     # Rows are counted, as the further seeds of a checked row take no time.
     for fraction, row in track(list(product(study.fractions, study.rows)), "checking", "rows"):
-        config = compose(overrides=study.words(row, fraction, study.seeds_of(row)[0]))
+        found.add(row, fraction)
+    found.check_inputs()
+    jobs = found.jobs()
+    others = f", {found.running} left to other processes, which are running them" if found.running else ""
+    again = sum(job.resumed for job in jobs)
+    total = len(study.fractions) * sum(len(study.seeds_of(row)) for row in study.rows)
+    log.info("%d runs in the study, %d to be run (%d of them resumed)%s", total, len(jobs), again, others)
+    for one in found.left:
+        log.warning("%s failed earlier and is skipped: %s (--retry-failed runs it again)", one.name, one.error)
+    _warn_of_other_machines(found.done)
+    return jobs
+
+
+class _Runs:
+    """The runs of a study by what is to be done with them: done, running elsewhere, left out, and jobs."""
+
+    def __init__(self, study: Study, folder: Path, compose: Composer, *, retry_failed: bool) -> None:
+        self._study, self._folder, self._compose, self._retry_failed = study, folder, compose, retry_failed
+        self.done, self.left, self.running = list[RunEntry](), list[RunEntry](), 0
+        self._jobs: list[tuple[tuple[float, int, int], Job]] = []
+        self._recorded, self._checked, self._inputs = list[RunEntry](), list[Settings](), StudyInputs()
+        self._free = [word for word in study.common if may_be_given(word)]
+
+    def add(self, row: RowPlan, fraction: float) -> None:
+        """Adds the runs of a row at a share of the images; refuses a row that cannot be run, or an other run there."""
+        seeds = self._study.seeds_of(row)
+        config = self._compose(overrides=self._study.words(row, fraction, seeds[0]))
         settings = to_settings(config)
         settings.check()
         whole: dict[str, int] | None = None
-        for seed in study.seeds_of(row):
-            found, words = read_run(folder, row.name, fraction, seed), study.words(row, fraction, seed)
+        for seed in seeds:
+            found, words = read_run(self._folder, row.name, fraction, seed), self._study.words(row, fraction, seed)
             failed = found.state is RunState.FAILED
             keeps = found.is_over or found.state is RunState.STOPPED
             keeps |= failed and found.on_disk.last_checkpoint.is_file()
             if keeps and found.on_disk.file(CONFIG) is not None:
-                _check_configuration(found.directory, to_plain(compose(overrides=words)))
-                recorded.append(found)
+                _check_configuration(found.directory, to_plain(self._compose(overrides=words)))
+                self._recorded.append(found)
             if found.is_over:
-                done.append(found)
+                self.done.append(found)
             elif found.state is RunState.RUNNING:
-                running += 1
-            elif failed and not retry_failed:
-                left.append(found)
+                self.running += 1
+            elif failed and not self._retry_failed:
+                self.left.append(found)
             else:
                 if whole is None:
-                    whole = _check_row(row, settings, inputs)
-                    checked.append(settings)
-                resumed = found.on_disk.can_resume()
-                own = tuple(_resumed_words(found.directory, free) if resumed else words)
-                cost = remaining_cost(found, settings, whole) if resumed else whole
-                job = Job(found.directory, own, resumed, row.name, **cost)
-                ordered.append(((fraction, seed, -len(config.method.terms)), job))
-    inputs.refuse_other_images(recorded)
-    inputs.obtain_weights()
-    warn_without_effect([key_of(word) for word in study.common], checked)
-    # Within a seed the methods with many terms come first: they need most teacher outputs, and fill the tables that
-    # the others then read.
-    jobs = [job for _, job in sorted(ordered, key=lambda pair: pair[0])]
-    others = f", {running} left to other processes, which are running them" if running else ""
-    again = sum(job.resumed for job in jobs)
-    total = len(study.fractions) * sum(len(study.seeds_of(row)) for row in study.rows)
-    log.info("%d runs in the study, %d to be run (%d of them resumed)%s", total, len(jobs), again, others)
-    for one in left:
-        log.warning("%s failed earlier and is skipped: %s (--retry-failed runs it again)", one.name, one.error)
-    _warn_of_other_machines(done)
-    return jobs
+                    whole = _check_row(row, settings, self._inputs)
+                    self._checked.append(settings)
+                job = self._job(found, row, words, settings, whole)
+                self._jobs.append(((fraction, seed, -len(config.method.terms)), job))
+
+    def _job(
+        self, found: RunEntry, row: RowPlan, words: Sequence[str], settings: Settings, whole: dict[str, int]
+    ) -> Job:
+        resumed = found.on_disk.can_resume()
+        own = tuple(_resumed_words(found.directory, self._free) if resumed else words)
+        cost = remaining_cost(found, settings, whole) if resumed else whole
+        return Job(found.directory, own, resumed, row.name, **cost)
+
+    def check_inputs(self) -> None:
+        """Refuses images other than those of existing runs, and missing weights; warns of overrides without effect."""
+        self._inputs.refuse_other_images(self._recorded)
+        self._inputs.obtain_weights()
+        warn_without_effect([key_of(word) for word in self._study.common], self._checked)
+
+    def jobs(self) -> list[Job]:
+        """The jobs by share and seed.
+
+        Within a seed the methods with many terms come first: they need most teacher outputs, and fill the tables that
+        the others then read.
+        """
+        return [job for _, job in sorted(self._jobs, key=lambda pair: pair[0])]
 
 
 def _warn_of_other_machines(done: Sequence[RunEntry]) -> None:

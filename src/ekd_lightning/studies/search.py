@@ -95,39 +95,33 @@ def tune(
         prepared = _prepare(settings)
         space = _search_space(given, base, settings, prepared)
     warn_without_effect([key_of(word) for word in base], [settings])
-    facts: dict[str, Any] = {
-        "method": settings.method.name,
-        "budget": trials,
-        "seeds": list(seeds),
-        "sampler_seed": sampler_seed,
+    own = {"seeds": list(seeds), "sampler_seed": sampler_seed}
+    facts = {"method": settings.method.name, "budget": trials, **own, **_facts(settings, prepared, space)}
+    warn_of_other_budgets(output, facts)
+    identity = {"config": plain, "space": facts["space"], **own}
+    warmup = settings.recipe.epochs // 3 if prune else None
+    folder, usual = output / settings.method.name, default_values(space, plain)
+    evaluate = partial(validation_accuracies, lambda words: compose_settings(*_with(base, words)), seeds)
+    with (
+        named_database(storage),
+        contextlib.closing(
+            Search(folder, identity, space, usual, seed=sampler_seed, warmup_steps=warmup, storage=storage)
+        ) as search,
+    ):
+        write = partial(write_outcome, output, search, facts)
+        run_trials(search, evaluate, trials=trials if space else 1, timeout=timeout, after_trial=write)
+        write()
+        show_outcome(output, search, facts, overrides)
+
+
+def _facts(settings: Settings, prepared: Prepared, space: SearchSpace) -> dict[str, Any]:
+    """What the result of a search says about it, besides its method, budget and seeds."""
+    return {
         "scored_on": SCORED_ON,
         "validation_images": prepared.datamodule.num_val_images,
         "protocol": _protocol(settings, prepared),
         "space": describe_space(space),
     }
-    warn_of_other_budgets(output, facts)
-    identity = {"config": plain, "space": facts["space"], "seeds": list(seeds), "sampler_seed": sampler_seed}
-    evaluate = partial(validation_accuracies, lambda words: compose_settings(*_with(base, words)), seeds)
-    with named_database(storage):
-        search = Search(
-            output / settings.method.name,
-            identity,
-            space,
-            default_values(space, plain),
-            seed=sampler_seed,
-            warmup_steps=settings.recipe.epochs // 3 if prune else None,
-            storage=storage,
-        )
-        with contextlib.closing(search):
-            run_trials(
-                search,
-                evaluate,
-                trials=trials if space else 1,
-                timeout=timeout,
-                after_trial=lambda: write_outcome(output, search, facts),
-            )
-            write_outcome(output, search, facts)
-            show_outcome(output, search, facts, overrides)
 
 
 def _search_space(given: SearchSpace | None, base: list[str], settings: Settings, prepared: Prepared) -> SearchSpace:
