@@ -543,7 +543,7 @@ def test_a_lost_study_is_not_made_again_as_another(study, words):
     before = stamps(study)
     code, _, err = call(*ROWS, "--seeds", "0,1", "--output", study, *words, "recipe.lr=0.5")
     assert code == 2
-    assert "recipe.lr: the study in this folder has the common overrides" in err
+    assert "holds a run with another configuration (recipe.lr differ)" in err
     shutil.copytree(study / "runs" / "ce-f0.1-s0", study / "runs" / "ekd-f0.1-s7")
     code, _, err = call("--output", study)
     assert code == 2

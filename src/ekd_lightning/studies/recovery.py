@@ -53,7 +53,7 @@ def read_or_recover(folder: Path, declared: Declaration | None = None) -> tuple[
             study = _as_declared(study, declared)
         names = ", ".join(row.name for row in study.rows)
         log.warning("%s; it is made again from the runs of the rows %s", lost.what, names)
-        return study, True
+        return replace(study, recovered=True), True
 
 
 def set_aside(folder: Path) -> None:

@@ -80,6 +80,7 @@ class Study:
         data: Name of the data set.
         working_directory: Directory from which relative paths of its runs are resolved; empty if unknown.
         declaration: Name of the declared study that it is a part of; empty for an undeclared study.
+        recovered: Whether it was made again from its runs; not recorded.
     """
 
     rows: tuple[RowPlan, ...]
@@ -89,6 +90,7 @@ class Study:
     data: str = ""
     working_directory: str = ""
     declaration: str = ""
+    recovered: bool = False
 
     def seeds_of(self, row: RowPlan) -> tuple[int, ...]:
         """The seeds of a row."""
@@ -149,7 +151,9 @@ def parse_numbers(option: str, text: str) -> tuple[Any, ...]:
 
 def write_study(study: Study, folder: Path) -> None:
     """Writes study.json."""
-    content = {name: value for name, value in vars(study).items() if value or name != "declaration"}
+    content = {
+        name: value for name, value in vars(study).items() if name != "recovered" and (value or name != "declaration")
+    }
     content |= {"rows": {row.name: _row_record(row) for row in study.rows}, "format": FORMAT}
     write_json(folder / STUDY_FILE, content)
 
@@ -249,6 +253,8 @@ def union(old: Study, new: Study) -> Study:
     Raises:
         UserError: If the common overrides, or the overrides of a row, differ.
     """
+    if old.recovered:
+        old = _completed(old, new)
     ours, theirs = computing(new.common), computing(old.common)
     if ours != theirs:
         different = sorted({key_of(word) for word in set(ours) ^ set(theirs)})
@@ -275,6 +281,15 @@ def union(old: Study, new: Study) -> Study:
         old.working_directory or new.working_directory,
         new.declaration or old.declaration,
     )
+
+
+def _completed(old: Study, new: Study) -> Study:
+    """A recovered study with the common overrides that applied to none of the rows whose runs had started."""
+    known = {key_of(word) for word in old.common}
+    more = [word for word in new.common if key_of(word) not in known]
+    without = {row.name: row.without for row in new.rows}
+    rows = (replace(row, without=without.get(row.name, row.without)) for row in old.rows)
+    return replace(old, rows=tuple(rows), common=(*old.common, *more))
 
 
 def read_run(folder: Path, row: str, fraction: float, seed: int) -> RunEntry:
