@@ -18,7 +18,7 @@ from whole_runs import TINY, Outcome, _call
 from ekd_lightning.config.overrides import key_of
 
 TABLE = Path(__file__).with_name("bad_inputs.yaml")
-TINY_STUDY = tuple(word for word in TINY if not word.startswith("data.fraction"))
+TINY_STUDY = tuple(word for word in TINY if not word.startswith(("method=", "data.fraction")))
 SETTINGS = {"ekd-train": TINY, "ekd-teach": TINY, "ekd-compare": TINY_STUDY, "ekd-tune": TINY, "ekd-bench": TINY}
 """What commands are given beside a row's own words, which come last."""
 EXPENSIVE = (

@@ -180,7 +180,7 @@ UNWRITABLE = {
     "bench": ("--parts", "a", "--output"),
     "compare": ("--methods", "ce", "--no-controls", "--output"),
     "report": ("{runs}", "--no-page", "--no-figures", "-o"),
-    "tune": ("method=kd_mean", *TINY, "teachers.store={store}", "data.val_fraction=0.3", "--output"),
+    "tune": (*TINY, "method=kd_mean", "teachers.store={store}", "data.val_fraction=0.3", "--output"),
 }
 
 

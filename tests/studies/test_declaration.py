@@ -75,7 +75,7 @@ def test_the_example_of_the_page_is_a_declaration(tmp_path: Path) -> None:
     found = read_declaration(str(tmp_path / "few.yaml"))
     assert [(row.name, row.method, row.match, row.decides) for row in found.rows] == [
         ("ekd", "ekd", None, True),
-        ("ekd_late", "ekd", None, True),
+        ("ekd_heads", "ekd", None, True),
         ("kd_mean_macs", "kd_mean", "macs", True),
         ("ce", "ce", None, False),
     ]
