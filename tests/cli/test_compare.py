@@ -299,7 +299,7 @@ def test_a_run_with_another_configuration_is_refused_by_the_keys(study):
     [
         ("steps", 99, "ekd-f0.1-s1 differ in steps (4, 99)"),
         ("method", "ekd_mean", "ekd-f0.1-s0 and ekd-f0.1-s1 differ in method "),
-        ("weight_kd_branch", 0.5, "ekd-f0.1-s0 and ekd-f0.1-s1 differ in weight_kd_branch "),
+        ("weight_kd_branch", 0.25, "ekd-f0.1-s0 and ekd-f0.1-s1 differ in weight_kd_branch "),
     ],
 )
 def test_runs_that_went_different_ways_are_refused(study, key, value, told):
@@ -324,12 +324,12 @@ def test_controls_and_students_of_equal_cost_are_added_and_said(tmp_path, words)
     folder = tmp_path / "c"
     code, out, err = call("--methods", "ekd", "--seeds", "0", "--output", folder, "--print-jobs", *words)
     assert code == 0, err
-    assert "added as controls: ce, branched_ce, kd_mean, kd_mean_feature, ekd_mean" in err
-    assert "kd_mean_macs, kd_mean_feature_macs: resnet14, width 0.5" in err
+    assert "added as controls: ce, branched_ce, kd_mean, kd_mean_maps, ekd_mean" in err
+    assert "kd_mean_macs, kd_mean_maps_macs: resnet14, width 0.5" in err
     assert "%)" in err
     lines = out.splitlines()
     assert len(lines) == 10
-    for method in ("kd_mean", "kd_mean_feature"):
+    for method in ("kd_mean", "kd_mean_maps"):
         (macs,) = [line for line in lines if line.endswith(f"/{method}_macs-f1-s0")]
         assert f"method={method} student.network=resnet14" in macs
         assert "++student.options.width=0.5" in macs
@@ -348,7 +348,7 @@ def test_a_plain_student_that_would_be_its_own_control_is_left_out(tmp_path, wor
     code, out, err = call(*asked, "--print-jobs", *(word for word in words if "student" not in word), *own)
     assert code == 0, err
     assert "no plain torchvision:mobilenet_v3_small has the macs of the study's student; the nearest is " in err
-    assert "kd_mean_feature_macs: left out, because the match is the student's own network unchanged" in err
+    assert "kd_mean_maps_macs: left out, because the match is the student's own network unchanged" in err
     assert len(out.splitlines()) == 1
 
 
@@ -383,7 +383,7 @@ def test_controls_beside_unlabelled_images_have_a_use_for_them(tmp_path, words):
     asked = ("--methods", "ekd", "--seeds", "0", "--match", "none", "--output", tmp_path / "c", "--print-jobs")
     code, out, err = call(*asked, "--fractions", "0.1", *words, "data.unlabelled=rest")
     assert code == 0, err
-    assert "added as controls: pseudo_labels, kd_mean, kd_mean_feature, ekd_mean" in err
+    assert "added as controls: pseudo_labels, kd_mean, kd_mean_maps, ekd_mean" in err
     assert len(out.splitlines()) == 5
 
 
@@ -414,7 +414,7 @@ def test_settings_of_terms_apply_to_the_methods_that_have_them(tmp_path, words):
     assert [weight in line for line in out.splitlines()] == ["method=ekd " in line for line in out.splitlines()]
     assert all(temperature in line for line in out.splitlines())
     assert len(out.splitlines()) == 5
-    for name in ("ce", "kd_mean", "kd_mean_feature"):
+    for name in ("ce", "kd_mean", "kd_mean_maps"):
         assert f"{name} has no such term, so {weight} does not apply to it" in err
     code, again, err = call("--output", tmp_path / "c", "--print-jobs")
     assert (code, again) == (0, out), err

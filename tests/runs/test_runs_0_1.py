@@ -119,10 +119,13 @@ def test_a_sweep_is_complete(folder, capsys):
     assert "2 of 2 runs done, 0 failed" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["interrupted", "killed"])
-def test_a_stopped_run_can_go_on(folder, name):
+@pytest.mark.parametrize(
+    ("name", "renamed"), [("interrupted", ()), ("killed", ("method=ekd_pooled", "method.name=ekd"))]
+)
+def test_a_stopped_run_can_go_on(folder, name, renamed):
+    """The `ekd` of version 0.1 is `ekd_pooled` today."""
     run = RunDirectory(folder / name)
-    words = expand_resume(["ekd-train", f"resume={folder / name}"])
+    words = expand_resume(["ekd-train", f"resume={folder / name}", *renamed])
     given = [word for word in words[1:] if not word.startswith("hydra.")]
     assert set(run.overrides()) <= set(given)
     register_schema()

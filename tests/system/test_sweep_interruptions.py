@@ -251,7 +251,10 @@ def test_a_study_through_processes_of_their_own(store, tmp_path):
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     command = [sys.executable, "-m", "ekd_lightning.cli.compare", "--methods", "ce,ekd", "--no-controls"]
     command += ["--match", "none", "--seeds", "0", "--fractions", "0.1", "--output", str(tmp_path / "c")]
-    command += [*(word for word in TINY if not word.startswith(("method=", "data.fraction"))), f"teachers.store={store}"]
+    command += [
+        *(word for word in TINY if not word.startswith(("method=", "data.fraction"))),
+        f"teachers.store={store}",
+    ]
     command += ["hydra/launcher=processes", "hydra.sweeper.max_batch_size=1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr
