@@ -34,7 +34,7 @@ from ekd_lightning.teachers.source import LiveTeachers, TeacherFormat
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SPEC = NetworkSpec("resnet8", 10, normalization("centered"), {"width": 0.25})
 TEACHERS = [{"train": "resnet8", "options": {"width": 0.5}, "seed": 0}, {"train": "resnet8", "seed": 1}]
-WORDS = [word for word in TINY if not word.startswith("teachers.pool=")]
+WORDS = [word for word in TINY if not word.startswith(("method=", "teachers.pool="))]
 
 
 @pytest.fixture

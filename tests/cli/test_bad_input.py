@@ -26,7 +26,7 @@ REFUSED = [
     (["recipe.lrr=1"], ["recipe.lrr", "did you mean 'recipe.lr'"]),
     (["+recipe.lrr=1"], ["recipe.lrr", "did you mean 'recipe.lr'"]),
     (["+sed=1"], ["'sed'", "did you mean 'seed'"]),
-    (["recipe.lr=abc"], ["recipe.lr", "'abc'"]),
+    (["recipe.lr=abc"], ["recipe.lr=abc", "must be float, positive"]),
     (["recipe.epochs=1.5"], ["recipe.epochs", "1.5"]),
     (["tags=3"], ["tags"]),
     (["trainer.max_epoch=3"], ["trainer.max_epoch", "did you mean 'trainer.max_epochs'"]),
@@ -35,7 +35,7 @@ REFUSED = [
     (["trainer.limit_train_batches=0"], ["trainer.limit_train_batches=0"]),
     (["trainer.precision=17"], ["17"]),
     (["teachers.count=3"], ["teachers.count=3", "only 2 teachers"]),
-    (["teachers.count=0"], ["teachers.count=0", "the method 'ekd' needs teachers"]),
+    (["teachers.count=0"], ["teachers.count=0", "the method 'ekd_pooled' needs teachers"]),
     (["student.branches=0"], ["student.branches=0", "at least 1"]),
     (["student.branches=-1"], ["student.branches=-1"]),
     (["student.split_after=stage9"], ["stage9", "did you mean 'stage3'"]),
@@ -158,7 +158,7 @@ def test_a_teacher_of_another_class_count(refuse, tmp_path):
     save_teacher(tmp_path / "hundred.safetensors", classes=100)
     outcome = refuse(f"teachers.pool=[{{file: {tmp_path / 'hundred.safetensors'}}}]")
     assert_refused(
-        outcome, "hundred", "none of the data's 10 classes", "only teach features: remove method.terms.kd_ensemble"
+        outcome, "hundred", "does not predict the data's 10 classes", "only teach features: remove method.terms.kd_ensemble"
     )
 
 

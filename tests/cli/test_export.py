@@ -119,7 +119,7 @@ def test_the_card_is_filled_and_its_code_runs(exported, monkeypatch):
     assert "license" not in facts
     assert "license: yours to choose" in header
     assert {"onnx", "safetensors", "torch-export", "knowledge-distillation"} <= set(facts["tags"])
-    for said in ("n = 1, seed 0", "`ekd`", "resnet8-s0", record["student"]["sha256"], "3 branches", "gate"):
+    for said in ("n = 1, seed 0", "`ekd_pooled`", "resnet8-s0", record["student"]["sha256"], "3 branches", "gate"):
         assert said in body
     for name in FILES:
         assert f"| `{name}` |" in body

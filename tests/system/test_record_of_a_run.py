@@ -47,7 +47,7 @@ def test_the_files(run):
 def test_the_result_has_every_field(run):
     result = run.result
     expected = {
-        "method": "ekd",
+        "method": "ekd_pooled",
         "data": "digits",
         "num_teachers": 2,
         "num_branches": 3,

@@ -165,9 +165,9 @@ def test_what_was_run_stands_in_flat_columns(ran):
     result = json.loads((ran / "result.json").read_text())
     wanted = ("fraction", "num_teachers", "num_branches", "num_parameters", "macs", "split_after")
     assert {name: config[name] for name in wanted} == {name: result[name] for name in wanted}
-    assert (config["method_name"], config["data_name"], config["student_network"]) == ("ekd", "digits", "resnet8")
+    assert (config["method_name"], config["data_name"], config["student_network"]) == ("ekd_pooled", "digits", "resnet8")
     columns = result_columns(result, {})
-    assert (columns["method_name"], columns["num_branches"]) == ("ekd", 2)
+    assert (columns["method_name"], columns["num_branches"]) == ("ekd_pooled", 2)
 
 
 def test_the_axis_is_the_epoch_and_summaries_are_the_better_value(ran):

@@ -122,7 +122,7 @@ def test_a_run_is_named_grouped_and_typed(ran):
     (student,) = offline_runs(ran)
     run = run_of(student)
     assert (run.run_group, run.job_type, run.project) == ("day/time", "student", "ekd-lightning")
-    assert run.display_name == "ekd-T1-B2-f10-s0"
+    assert run.display_name == "ekd_pooled-T1-B2-f10-s0"
     (teacher,) = offline_runs(ran / "teachers" / "resnet8-s0")
     run = run_of(teacher)
     assert (run.run_group, run.job_type, run.display_name) == ("day/time", "teacher", "resnet8-s0")

@@ -23,7 +23,8 @@ POOL = (
     "data.augmentation=[crop_flip,cutout]",
     "+data.augmentation_options.cutout.size=8",
     "data.pool_size=2",
-    "method=ekd_mean",
+    "method=ekd_pooled",
+    "method.assignment=mean",
 )
 
 

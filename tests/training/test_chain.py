@@ -376,7 +376,7 @@ def test_the_first_teacher_of_the_pool_alone(tiny_settings):
 
 
 def test_any_method_with_teachers_can_have_assistants(tiny_settings):
-    settings = tiny_settings("method=ekd", f"method.assistants=[{LARGE}]", "student.branches=2")
+    settings = tiny_settings("method=ekd_pooled", f"method.assistants=[{LARGE}]", "student.branches=2")
     prepared = prepare(settings, "cpu")
     assert prepared.method.assignment.num_teachers == 1
     # The regressors fit the assistant (48 features), not the teachers (32 and 64).
@@ -396,7 +396,7 @@ def test_any_method_with_teachers_can_have_assistants(tiny_settings):
     ],
 )
 def test_links_take_the_weights_of_the_method(tiny_settings, words, expected):
-    terms = link_terms(tiny_settings("method=ekd", *words))
+    terms = link_terms(tiny_settings("method=ekd_pooled", *words))
     assert (terms["ce_ensemble"]["weight"], terms["kd_ensemble"]["weight"]) == expected
 
 
