@@ -157,9 +157,8 @@ def save_teacher(path: Path, classes: int = 10, network: str = "resnet8") -> Non
 def test_a_teacher_of_another_class_count(refuse, tmp_path):
     save_teacher(tmp_path / "hundred.safetensors", classes=100)
     outcome = refuse(f"teachers.pool=[{{file: {tmp_path / 'hundred.safetensors'}}}]")
-    assert_refused(
-        outcome, "hundred", "does not predict the data's 10 classes", "only teach features: remove method.terms.kd_ensemble"
-    )
+    said = ("does not predict the data's 10 classes", "only teach features: remove method.terms.kd_ensemble")
+    assert_refused(outcome, "hundred", *said)
 
 
 def test_a_teacher_of_another_data_set(refuse, tmp_path):

@@ -322,7 +322,8 @@ def test_the_jobs_can_be_printed_instead(study):
 
 def test_controls_and_students_of_equal_cost_are_added_and_said(tmp_path, words):
     folder = tmp_path / "c"
-    code, out, err = call("--methods", "ekd", "--seeds", "0", "--output", folder, "--print-jobs", *words)
+    early = ("student.split_after=stage1", "--seeds", "0", "--output", folder, "--print-jobs")
+    code, out, err = call("--methods", "ekd", *early, *words)
     assert code == 0, err
     assert "added as controls: ce, branched_ce, kd_mean, kd_mean_maps, ekd_mean" in err
     assert "kd_mean_macs, kd_mean_maps_macs: resnet14, width 0.5" in err
@@ -410,7 +411,8 @@ def test_settings_of_terms_apply_to_the_methods_that_have_them(tmp_path, words):
     """Or a control would get the term, and be no control."""
     weight, temperature = "method.terms.kd_branch.weight=0.3", "method.temperature=2"
     rows = ("--methods", "ekd,kd_mean,ce", "--no-controls", "--match", "macs", "--seeds", "0")
-    _, out, err = call(*rows, "--output", tmp_path / "c", "--print-jobs", *words, weight, temperature)
+    early = ("student.split_after=stage1", "--output", tmp_path / "c", "--print-jobs")
+    _, out, err = call(*rows, *early, *words, weight, temperature)
     assert [weight in line for line in out.splitlines()] == ["method=ekd " in line for line in out.splitlines()]
     assert all(temperature in line for line in out.splitlines())
     assert len(out.splitlines()) == 5

@@ -90,7 +90,7 @@ def test_batches_of_a_mixed_run(tiny_settings, tmp_path):
 
 @pytest.mark.parametrize("name", ["mixup", "cutmix"])
 def test_a_required_table_and_mixed_images_exclude_each_other(train, tmp_path, name):
-    outcome = train(tmp_path / "run", f"recipe.{name}=0.2", "teachers.table=require", "method=ekd_mean")
+    outcome = train(tmp_path / "run", f"recipe.{name}=0.2", "teachers.table=require", "method=ekd_pooled")
     assert outcome.code == 2
     (line,) = outcome.err.splitlines()
     assert "teachers.table=require" in line
@@ -99,14 +99,14 @@ def test_a_required_table_and_mixed_images_exclude_each_other(train, tmp_path, n
 
 def test_an_automatic_table_and_mixed_images_are_reported_once(tiny_settings, caplog):
     with caplog.at_level(logging.INFO, logger="ekd_lightning"):
-        mixed = prepare(tiny_settings("recipe.cutmix=1", "method=ekd_mean"), "cpu")
+        mixed = prepare(tiny_settings("recipe.cutmix=1", "method=ekd_pooled"), "cpu")
         assert not mixed.source.tables
         (record,) = [entry for entry in caplog.records if "no image occurs twice" in entry.message]
         assert record.levelno == logging.INFO
         assert "recipe.cutmix=1.0" in record.message
         caplog.clear()
-        assert prepare(tiny_settings("method=ekd_mean"), "cpu").source.tables
-        assert not prepare(tiny_settings("method=ekd_mean", "teachers.table=off"), "cpu").source.tables
+        assert prepare(tiny_settings("method=ekd_pooled"), "cpu").source.tables
+        assert not prepare(tiny_settings("method=ekd_pooled", "teachers.table=off"), "cpu").source.tables
         assert not any("no image occurs twice" in entry.message for entry in caplog.records)
 
 

@@ -76,7 +76,7 @@ def plan_rows(
             match = match_student(by, cfg)
             log.info("%s: %s", ", ".join(new), match)
             if match.network == cfg.student.network and match.options == dict(cfg.student.options or {}):
-                log.warning("%s: left out, because the match is the student's own network unchanged", ", ".join(new))
+                log.info("%s: left out, because the match is the student's own network unchanged", ", ".join(new))
                 continue
             network = match_overrides(match, common, compose)
             rows += [matched_row(name, make_row(method, compose, common), by, network) for name, method in new.items()]
