@@ -15,7 +15,7 @@ from ekd_lightning.errors import UserError
 
 
 def as_batch(given: Any, num_classes: int) -> Batch:
-    """Returns what a data loader yielded as a `Batch`; one that is a `Batch` already comes from this package.
+    """Returns what a user's data loader yielded as a `Batch`.
 
     Args:
         given: Images [B, 3, H, W] or grey ones [B, 1, H, W], floating point in [0, 1]; and labels, integers [B].
@@ -24,8 +24,6 @@ def as_batch(given: Any, num_classes: int) -> Batch:
     Raises:
         UserError: If it is something else.
     """
-    if isinstance(given, Batch):
-        return given
     if not isinstance(given, tuple | list) or len(given) != 2:
         found = f"a {type(given).__name__}" + (f" of {len(given)}" if isinstance(given, tuple | list | dict) else "")
         raise UserError(f"a batch of a data loader must be (images, labels), not {found}")

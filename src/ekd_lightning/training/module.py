@@ -222,7 +222,9 @@ class TrainingModule(pl.LightningModule):
             raise UserError(self._out_of_memory(error)) from error
 
     def _eager_step(self, batch: Any) -> Tensor:
-        total, logged = self._loss_and_values(as_batch(batch, self.student.num_classes))
+        if not isinstance(batch, Batch):
+            batch = as_batch(batch, self.student.num_classes)
+        total, logged = self._loss_and_values(batch)
         self._step_log.append(logged)
         if total.device.type == "cpu" and self.trainer.world_size == 1 and not self._step_log.last_is_finite():
             self._refuse_non_finite()  # before the optimiser changes the weights
@@ -394,7 +396,8 @@ class TrainingModule(pl.LightningModule):
         self._log_scores(self.test_section, self.test_scores)
 
     def _score(self, scores: ClassificationScores, batch: Any) -> None:
-        batch = as_batch(batch, self.student.num_classes)
+        if not isinstance(batch, Batch):
+            batch = as_batch(batch, self.student.num_classes)
         output = self.student.outputs(self._in_format(batch).images)
         scores.update(output.logits.float(), batch.labels, batch.valid, output.branch_logits)
 
