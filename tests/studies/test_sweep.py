@@ -9,6 +9,7 @@ import statistics
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hydra import compose, initialize_config_module
@@ -28,7 +29,7 @@ from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import RunState
 from ekd_lightning.runs.lock import DirectoryLock
 from ekd_lightning.runs.result import Result
-from ekd_lightning.studies import launching, multirun
+from ekd_lightning.studies import checking, launching, multirun
 from ekd_lightning.studies.launching import Progress, is_queued, seconds_left, stopped
 from ekd_lightning.studies.multirun import lost_job, planned_sweep
 from ekd_lightning.studies.sweep import (
@@ -282,6 +283,23 @@ def test_a_stopped_job_goes_on_whatever_may_change_has_changed(sweep, monkeypatc
     extra = ("data.root=/new", "trainer.max_epochs=3")
     assert first == Job(sweep.folder / "0", ("data=digits", "seed=0", "lr=1", "tags=[a]", *extra), True)
     assert others == [Job(j.directory, (*j.overrides, *extra)) for j in sweep.jobs[1:]]
+
+
+@pytest.mark.parametrize("state", ["failed", "running"])
+def test_a_started_job_with_a_mistake_does_not_keep_the_others_from_going_on(sweep, monkeypatch, caplog, state):
+    leave(sweep.jobs[1].directory, state, error="lost")
+    states = [job_state(one) for one in sweep.jobs]
+    monkeypatch.setattr(checking, "multirun_config", lambda *_: None)
+    checks = SimpleNamespace(mistakes=lambda jobs: {1: "seed=1: no"})
+    monkeypatch.setattr(checking, "JobChecks", lambda _: checks)
+    left = checking.without_mistakes(sweep.jobs, states, sweep, ())
+    assert left == [sweep.jobs[n] for n in (0, 2, 3)]
+    said = "stopped" if state == "running" else state
+    assert f"job 1 {said} before and is left out: seed=1: no" in caplog.messages
+    assert job_state(sweep.jobs[1]).run.state == said
+    checks.mistakes = lambda jobs: {1: "seed=1: no", 2: "seed=2: no"}  # the latter never started
+    with pytest.raises(UserError, match=r"job 2 \(seed=2\): seed=2: no; the same command runs the other jobs"):
+        checking.without_mistakes(sweep.jobs, states, sweep, ())
 
 
 def test_a_resumed_sweep_leaves_alone_what_runs_elsewhere(sweep, monkeypatch, capsys):

@@ -188,7 +188,8 @@ def without_mistakes(
     """The jobs of a resumed sweep that can be run.
 
     A sweep keeps its settings, so a job that can never run must not keep the others from it for ever: a job that failed
-    before is left out with a warning, and one that never started is recorded as failed when the sweep is refused.
+    or stopped before is left out with a warning, and one that never started is recorded as failed when the sweep is
+    refused.
 
     Args:
         jobs: The jobs that are to be launched.
@@ -197,7 +198,7 @@ def without_mistakes(
         hydra_words: Overrides of Hydra.
 
     Raises:
-        UserError: If a job that did not fail before would be refused, or all jobs would.
+        UserError: If a job that never started would be refused, or all jobs would.
     """
     if not jobs:
         return []
@@ -205,14 +206,16 @@ def without_mistakes(
     with session("plan", keep=False), phase("plan"):
         checked = [replace(job, overrides=(*job.overrides, *resume_words(job))) for job in jobs]
         found = JobChecks(config).mistakes(checked)
-    new = {number: line for number, line in found.items() if states[number].run.state is not RunState.FAILED}
+    started = (RunState.FAILED, RunState.STOPPED)
+    new = {number: line for number, line in found.items() if states[number].run.state not in started}
     if len(found) == len(jobs):
         refuse_mistakes(found, jobs, sweep)
     if new:
         recorded = [_record(jobs[number].directory, line) for number, line in new.items()]
         refuse_mistakes(new, jobs, sweep, "; the same command runs the other jobs" if all(recorded) else "")
     for number, line in found.items():
-        log.warning("job %s failed before and is left out: %s", jobs[number].directory.name, line)
+        state = states[number].run.state.value
+        log.warning("job %s %s before and is left out: %s", jobs[number].directory.name, state, line)
     return [job for number, job in enumerate(jobs) if number not in found]
 
 
