@@ -523,7 +523,7 @@ def test_a_lost_study_is_made_again_from_its_runs(study, words, damage, named):
     path.unlink() if text is None else path.write_text(text)
     code, _, err = call("--output", study, "--report-only")
     assert code == 2
-    assert f"; ekd-compare --output {study} makes it again from the records of its runs" in err
+    assert f"; ekd-compare --output {study} makes it again from the records of its runs; repeat --methods, " in err
     asked = (*ROWS, "--seeds", "0,1", *words) if named else ()
     code, _, err = call("--output", study, *asked)
     assert code == 0, err
@@ -538,6 +538,13 @@ def test_a_lost_study_is_made_again_from_its_runs(study, words, damage, named):
     assert (found.data, found.working_directory) == (was.data, was.working_directory)
     assert (study / "study.json.damaged").exists() == (text is not None)
     assert call("--output", study, *words)[0] == 0  # and goes on as before
+
+
+def test_a_damaged_study_without_runs_is_one_line(tmp_path):
+    (tmp_path / "study.json").write_text("{")
+    code, _, err = call("--output", tmp_path)
+    assert code == 2
+    assert err.splitlines()[-1].endswith(f"and no run in {tmp_path / 'runs'} records how it was started")
 
 
 def test_a_lost_study_is_not_made_again_as_another(study, words):

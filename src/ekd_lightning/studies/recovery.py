@@ -67,7 +67,7 @@ def _recovered(folder: Path) -> Study | None:
     rows: dict[str, tuple[str, ...]] = {}
     common: dict[str, dict[str, str]] = defaultdict(dict)
     fractions, seeds, runs = set[float](), set[int](), list[RunDirectory]()
-    for path in sorted((folder / RUNS).iterdir()):
+    for path in sorted((folder / RUNS).glob("*")):  # none without such a folder
         named = re.fullmatch(r"(.+)-f([\d.e+-]+)-s(\d+)", path.name)
         words = RunDirectory(path).overrides() if named else []
         if named is None or not words:

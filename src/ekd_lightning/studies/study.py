@@ -32,7 +32,8 @@ class LostStudyError(UserError):
 
     def __init__(self, folder: Path, what: object) -> None:
         again = f"ekd-compare --output {shell_word(str(folder))} makes it again from the records of its runs"
-        super().__init__(f"{what}; {again} (part of a declared study: --study and --output of that study)")
+        rest = "repeat --methods, --seeds and --fractions, as runs that had not started are not on record"
+        super().__init__(f"{what}; {again}; {rest} (part of a declared study: --study and --output of that study)")
         self.what = what
 
 
