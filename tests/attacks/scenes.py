@@ -308,7 +308,7 @@ def _study(w: Path) -> None:
     """Two runs, one of them exported."""
     rows = ("--methods", "kd_mean", "--no-controls", "--match", "none", "--fractions", 0.1, "--seeds", "0,1")
     evaluated = ("evaluation=standard", "evaluation.parts=[predictions,generalisation]")
-    own = [word for word in few(w) if not word.startswith(("data.fraction", "evaluation"))]
+    own = [word for word in few(w) if not word.startswith(("method=", "data.fraction", "evaluation"))]
     _did(w, "ekd-compare", "--output", w / "study", *rows, *own, *evaluated)
     _did(w, "ekd-export", w / RUNS[0])
 

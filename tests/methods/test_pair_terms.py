@@ -390,10 +390,10 @@ def test_a_teacher_of_features_alone_has_no_confidence():
     blind = sizes(2, 2, unknown_classes=(frozenset(range(4)), frozenset()))
     maps = {"type": "feature_branch", "weight": 1.0, "feature": "stage2"}
     build_method("x", {"maps": maps}, blind)
-    with pytest.raises(UserError, match=r"'big0' predicts none.*remove method\.terms\.maps"):
+    with pytest.raises(UserError, match=r"'big0' does not predict.*remove method\.terms\.maps"):
         build_method("x", {"maps": {**maps, "confidence": "entropy"}}, blind)
     other = sizes(1, 2, unknown_classes=(frozenset(), frozenset(range(4))))  # it teaches no branch, but has a weight
     for term in ({"type": "kd_branch", "weight": 1.0}, maps):
-        with pytest.raises(UserError, match=r"'big1' predicts none.*remove method\.terms\.one"):
+        with pytest.raises(UserError, match=r"'big1' does not predict.*remove method\.terms\.one"):
             build_method("x", {"one": {**term, "confidence": "entropy"}}, other, assignment=[[1, 0]])
         build_method("x", {"one": term}, other, assignment=[[1, 0]])

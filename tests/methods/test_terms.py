@@ -211,6 +211,15 @@ def test_a_stage_that_only_a_teacher_lacks():
         build_term("feature_branch", 1.0, context, feature="stage2")
 
 
+@pytest.mark.parametrize("feature", ["stage2", "last"])
+def test_a_stage_that_a_teacher_of_no_branch_lacks(feature):
+    """All teachers are asked for it."""
+    shapes = (*term_context().teacher_stage_shapes[:2], {})
+    context = term_context(2, 3, teacher_stage_shapes=shapes)
+    with pytest.raises(UserError, match=f"teacher 'big2' has no stage '{feature}' .available: none.; choose a method"):
+        build_term("feature_branch", 1.0, context, feature=feature)
+
+
 @pytest.mark.parametrize("weight", [-1, float("nan"), float("inf"), "1", True, None])
 def test_weights_that_are_not_allowed(weight):
     with pytest.raises(UserError, match="weight="):

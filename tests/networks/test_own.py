@@ -72,6 +72,20 @@ def test_a_plain_module_teaches_what_it_computes(statistics, wrapped):
     assert teachers.members[0].num_features == (6 if wrapped is None else 0)
 
 
+def test_a_module_keeps_its_own_hooks():
+    module = plain()
+    module.register_forward_hook(lambda own, given, logits: 2 * logits)
+    expected = module.eval()(IMAGES)
+    torch.testing.assert_close(TeacherEnsemble([module], num_classes=4)(IMAGES).logits[0], expected)
+
+
+def test_a_scripted_module_teaches():
+    scripted = torch.jit.script(plain().eval())
+    teachers = TeacherEnsemble([scripted], num_classes=4)
+    torch.testing.assert_close(teachers(IMAGES).logits[0], scripted(IMAGES))
+    assert not any(parameter.requires_grad for parameter in scripted.parameters())
+
+
 def test_plain_modules_and_networks_of_this_package_teach_together():
     first, second, third = plain(), build_network(SPEC), plain()
     teachers = TeacherEnsemble([first, second, third], normalization="centered")

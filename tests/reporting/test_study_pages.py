@@ -102,6 +102,9 @@ def test_where_ekd_stands_is_what_scipy_says(runs: list[RunEntry]) -> None:
     assert lead([found]).startswith("With at most 20 % of the labels EKD is not ahead at equal cost")
     assert "below in 1, level in 0, above in 0 of 1 comparison " in lead([found])
     assert lead([]).startswith("Whether EKD is ahead at equal cost with limited data is open")
+    both = [*runs, *row("ekd_pooled", [other + 0.2 for other in EKD])]
+    (block,) = blocks(group(collection(*both)))
+    assert "paired by seed; `ekd`: below in 1; `ekd_pooled`: above in 1)." in lead(standings(block))
 
 
 def test_a_method_with_too_few_runs_hides_no_other(runs: list[RunEntry]) -> None:

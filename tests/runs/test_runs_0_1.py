@@ -16,6 +16,7 @@ from ekd_lightning.cli import report as report_command
 from ekd_lightning.cli import tune
 from ekd_lightning.config.config import recorded_settings, register_schema, to_plain
 from ekd_lightning.config.overrides import check_unchanged, expand_resume, key_of
+from ekd_lightning.errors import UserError
 from ekd_lightning.files import read_json
 from ekd_lightning.pipeline.context import open_context
 from ekd_lightning.pipeline.evaluation import evaluate_finished_run
@@ -134,6 +135,14 @@ def test_a_stopped_run_can_go_on(folder, name, renamed):
     settings = recorded_settings(run)
     assert settings.recipe.epochs == cfg.recipe.epochs == 3000
     check_unchanged(folder / name, {**to_plain(cfg), "resume": str(folder / name)})
+
+
+def test_the_former_ekd_is_refused_with_the_words_to_go_on(folder):
+    register_schema()
+    with initialize_config_module("ekd_lightning.conf", version_base="1.3"):
+        cfg = compose("train", overrides=list(RunDirectory(folder / "killed").overrides()))
+    with pytest.raises(UserError, match=r"goes on with method=ekd_pooled method\.name=ekd"):
+        check_unchanged(folder / "killed", {**to_plain(cfg), "resume": str(folder / "killed")})
 
 
 def test_an_old_checkpoint_is_read(folder):

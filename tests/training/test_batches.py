@@ -29,6 +29,11 @@ def test_a_label_is_not_rounded_to_the_type_of_the_images():
         as_batch((IMAGES[:2].half(), labels), 2049)
 
 
+def test_resized_images_may_leave_the_range_by_rounding():
+    as_images(torch.full((1, 3, 8, 8), 1.00001))
+    as_images(torch.full((1, 3, 8, 8), -0.00001))
+
+
 def test_grey_images_are_rgb():
     assert torch.equal(as_images(IMAGES[:, :1]), IMAGES[:, :1].repeat(1, 3, 1, 1))
 
@@ -47,6 +52,9 @@ def test_grey_images_are_rgb():
         ((IMAGES, LABELS[:, None]), r"not torch.int64 \[4, 1\]"),
         ((IMAGES, LABELS - 1), "in 0 .. 4, but span -1 to 3"),
         ((IMAGES, LABELS + 1), "but span 1 to 5"),
+        ((IMAGES, LABELS[:2]), "4 images and 2 labels"),
+        ((IMAGES[:0], LABELS[:0]), "0 images and 0 labels"),
+        ((IMAGES * 0 + 1.01, LABELS), "span 1.01 to 1.01"),
         ((IMAGES, ["owl"]), "not a list"),
         ((IMAGES, LABELS, LABELS), r"must be \(images, labels\), not a tuple of 3"),
         ({"image": IMAGES, "label": LABELS}, "not a dict of 2"),

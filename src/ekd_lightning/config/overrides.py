@@ -308,9 +308,14 @@ def check_unchanged(directory: Path, plain: dict[str, Any]) -> None:
     recorded, here = (_without_weight_files(config) for config in (read_config(directory, "resume="), plain))
     changed = [key for key in changed_keys(recorded, here) if not may_change_between_parts(key)]
     if changed:
+        former = (
+            any(key.startswith("method.terms.feature_branch") for key in changed)
+            and recorded["method"].get("name") == "ekd"
+        )
+        remedy = "; the former ekd goes on with method=ekd_pooled method.name=ekd" if former else ""
         raise UserError(
             f"resume={directory}: {', '.join(changed[:5])} differ from the recorded run; "
-            "a resumed run must keep its settings"
+            f"a resumed run must keep its settings{remedy}"
         )
 
 

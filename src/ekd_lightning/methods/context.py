@@ -267,7 +267,7 @@ def _resolve_stage(name: str, shapes: Mapping[str, StageShape], network: str) ->
         remedy = (
             "choose one of them, or set the weight of the term to 0"
             if shapes
-            else "choose a method that compares no maps, e.g. ekd_pooled or kd_mean"
+            else "choose a method that compares no maps, e.g. kd_mean or ekd_no_feature"
         )
         raise UserError(f"{network} has no stage {name!r} (available: {', '.join(shapes) or 'none'}); {remedy}")
     return own

@@ -104,15 +104,16 @@ class FeatureSite:
             self.teacher_shapes: dict[int, tuple[int, ...]] = {m: (context.teacher_width(m),) for m in teachers}
             return
         self._student = context.student_stage(name)
-        stages = {m: context.teacher_stage(m, name) for m in teachers}
-        # All teachers are asked for one name: their last stages have `last` in common where their own names differ.
+        # All teachers are asked for one name, also those that teach no branch. Where the names of their last stages
+        # differ, it is `last`.
+        stages = [context.teacher_stage(m, name) for m in range(len(context.teacher_stage_shapes))]
         last = {own_stage(LAST, shapes) for shapes in context.teacher_stage_shapes if shapes}
         self._teacher = on_grid(name if name != LAST or len(last) > 1 else last.pop(), self._grid)
         self.student_stages = (self._student,)
         self.teacher_stages = (self._teacher,)
         own = context.student_stage_shapes[self._student]
         self.student_shape = self._shape(own, f"the student {context.student_name!r}")
-        shapes = {m: context.teacher_stage_shapes[m][stage] for m, stage in stages.items()}
+        shapes = {m: context.teacher_stage_shapes[m][stages[m]] for m in teachers}
         label = context.teacher_label
         self.teacher_shapes = {m: self._shape(shape, f"the teacher {label(m)}") for m, shape in shapes.items()}
 

@@ -51,8 +51,9 @@ def cut(module: nn.Module, image_size: int | None = None, stages: Mapping[str, s
 
     The module's containers are traced with `torch.fx`; its blocks stay whole. A cut is possible where the rest of the
     graph needs a single tensor. For every map size, a stage ends at the last possible cut. Stages are called `stem` (if
-    its maps have at least half the image's size), `stage1`, `stage2`, and so on. A module that cannot be traced is
-    returned whole, as the neck. One that takes none of the sizes tried has no stages, unless they are named.
+    its maps have at least half the image's size), `stage1`, `stage2`, and so on. A module that cannot be traced, or
+    has forward hooks, is returned whole, as the neck. One that takes none of the sizes tried has no stages, unless they
+    are named.
 
     Args:
         module: Maps normalised images [B, 3, H, W] to logits [B, C]. Its blocks are shared with the parts, not copied.
@@ -66,6 +67,8 @@ def cut(module: nn.Module, image_size: int | None = None, stages: Mapping[str, s
     """
     if any(isinstance(value, UninitializedParameter) for value in module.parameters()):
         raise UserError(f"{type(module).__name__} has lazy layers without weights; run it on images first")
+    if (module._forward_hooks or module._forward_pre_hooks) and not stages:
+        return Parts(neck=module)  # tracing would lose its hooks
     linears = [name for name, part in module.named_modules() if isinstance(part, nn.Linear)]
     head = linears[-1] if linears else None
     opened = _opened(module, head, stages or {})

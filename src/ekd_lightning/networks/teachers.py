@@ -84,7 +84,8 @@ class TeacherEnsemble(nn.Module):
         statistics = _for_each(normalization, members)
         networks = [as_staged(one, own, num_classes) for one, own in zip(members, statistics, strict=True)]
         for member in members:
-            member.eval().requires_grad_(False)  # also the parts of a plain module that no stage contains
+            for parameter in member.eval().parameters():  # also of parts of a plain module that no stage contains
+                parameter.requires_grad_(False)
         if identities is None:
             identities = [
                 TeacherIdentity(f"{one.spec.name}-{m}", state_sha256(one), "memory", one.spec.name)

@@ -63,7 +63,10 @@ def obtain_teachers(
     with phase("data"):
         to_fill = None if settings.teachers.fill == "none" else prepare(settings, accelerator)
         if to_fill and not to_fill.source.tables:
-            raise UserError(f"teachers.fill={settings.teachers.fill}: this configuration keeps no teacher tables")
+            raise UserError(
+                f"teachers.fill={settings.teachers.fill}: this configuration keeps no teacher tables, e.g. because "
+                f"method={settings.method.name} compares whole maps; method=ekd_pooled and kd_mean keep tables"
+            )
         dataset, subset, views = prepare_data(settings)
     curves = TeacherCurves(settings.logger, directory)
     data = TeacherData(dataset, subset, views, settings.teachers.train_on, curves, settings.capture)

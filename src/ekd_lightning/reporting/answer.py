@@ -41,7 +41,7 @@ ROLES = {
 }
 """The controls, in the order of the report."""
 METHODS = {
-    "ekd": "a branched student with a teacher for each branch, which imitates maps of every stage",
+    "ekd": "a branched student with a teacher for each branch",
     "ekd_pooled": "a branched student with a teacher for each branch, which imitates pooled features",
     "ekd_mean": "a branched student whose branches all imitate the mean teacher",
     "ekd_permuted": "EKD with its teachers shifted by one branch",

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 
-from ekd_lightning.reporting.blocks import Block
+from ekd_lightning.reporting.blocks import SUBJECTS, Block
 from ekd_lightning.reporting.estimates import (
     ENOUGH,
     SIGNIFICANCE,
@@ -52,8 +52,9 @@ def remarks(
         controls: The controls it was compared with, by role.
         differences: The differences of all comparisons.
     """
-    siblings = [group for group in block.done if group.method == subject.method and group.student == subject.student]
-    found = [_chosen(subject, branched(siblings)), _trend("K", subject, siblings), _trend("M", subject, siblings)]
+    candidates = [group for group in block.done if group.method in SUBJECTS and group.student == subject.student]
+    siblings = [group for group in candidates if group.method == subject.method]
+    found = [_chosen(subject, branched(candidates)), _trend("K", subject, siblings), _trend("M", subject, siblings)]
     found += [_cost(subject, controls.get("plain")), _ensemble(subject), *_heterogeneity(subject, controls)]
     found += [_chance(block, subject), "" if "equal_cost" in controls else NO_EQUAL_COST]
     pairs = [difference.n for difference in differences if difference is not None and difference.half is not None]

@@ -85,13 +85,21 @@ def lead(found: Sequence[Standing]) -> str:
         return "Whether EKD is ahead at equal cost with limited data is open: no comparison has enough runs."
     start = "is" if counts["above"] == tested else "is not" if not counts["above"] else "is sometimes"
     parts = ", ".join(f"{side} in {counts[side]}" for side in ("below", "level", "above"))
+    methods = dict.fromkeys(method for method in SUBJECTS if any(one.ekd.method == method for one in limited))
+    each = "".join(f"; {_sides(method, limited)}" for method in methods) if len(methods) > 1 else ""
     few = sum(bool(one.better) for one in limited)
     more = f" In {few} of them a more accurate method has too few runs to tell." if few else ""
     return (
         f"With at most {100 * LIMITED:g} % of the labels EKD {start} ahead at equal cost: against the best other "
-        f"method that costs no more it is {parts} of {plural(tested, 'comparison')} (95 % intervals, paired by seed)."
+        f"method that costs no more it is {parts} of {plural(tested, 'comparison')} (95 % intervals, paired by seed"
+        f"{each})."
         f"{more}"
     )
+
+
+def _sides(method: str, limited: Sequence[Standing]) -> str:
+    counts = Counter(one.side(one.best.label) for one in limited if one.best and one.ekd.method == method)
+    return f"{md.code(method)}: {', '.join(f'{side} in {counts[side]}' for side in SIDES[:3] if counts[side])}"
 
 
 def _worth(one: Standing) -> tuple[Any, ...]:

@@ -13,6 +13,8 @@ from torch import Tensor
 from ekd_lightning.data.loader import Batch
 from ekd_lightning.errors import UserError
 
+_ROUNDING = 1e-3  # of resized images
+
 
 def as_batch(given: Any, num_classes: int) -> Batch:
     """Returns what a user's data loader yielded as a `Batch`.
@@ -31,6 +33,8 @@ def as_batch(given: Any, num_classes: int) -> Batch:
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dim() != 1:
         found = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else f"a {type(labels).__name__}"
         raise UserError(f"labels of a data loader must be integers [B], not {found}")
+    if isinstance(images, Tensor) and not 0 < len(labels) == len(images):
+        raise UserError(f"a batch of a data loader has {len(images)} images and {len(labels)} labels")
     images = as_images(images, (labels, num_classes))
     unknown = torch.full_like(labels, -1, dtype=torch.int64)
     return Batch(images, labels.long(), unknown, unknown, torch.ones_like(labels, dtype=torch.bool))
@@ -55,7 +59,7 @@ def as_images(images: Any, labels: tuple[Tensor, int] | None = None) -> Tensor:
     known = (labels[0], labels[1] - 1) if labels else (torch.zeros(1, device=images.device), 0)
     ends = torch.stack([value.float() for value in (images.amin(), images.amax(), *known[0].aminmax())])
     low, high, first, last = ends.tolist()
-    if not (low >= 0 and high <= 1):
+    if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
         raise UserError(f"{wanted}, but span {low:.4g} to {high:.4g}; networks normalise them")
     if first < 0 or last > known[1]:
         raise UserError(f"labels of a data loader must be in 0 .. {known[1]}, but span {first:.0f} to {last:.0f}")
