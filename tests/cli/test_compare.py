@@ -342,6 +342,21 @@ def test_controls_and_students_of_equal_cost_are_added_and_said(tmp_path, words)
     assert "10 missing" in out
 
 
+def test_controls_have_the_features_the_split_and_the_cost_of_the_first_branched_row(tmp_path, words):
+    """Those of the default student would be no controls of early branches."""
+    pooled = ("--methods", "ce,ekd_pooled", "--match", "macs", "--seeds", "0", "--output", tmp_path / "c")
+    code, out, err = call(*pooled, "--print-jobs", *words)
+    assert code == 0, err
+    assert "added as controls: branched_ce, kd_mean, kd_mean_feature, ekd_mean" in err
+    assert "kd_mean_macs, kd_mean_feature_macs: resnet14, width 0.5" in err
+    rows = {line.rsplit("/", 1)[1].removesuffix("-f1-s0"): line for line in out.splitlines()}
+    assert {name for name, line in rows.items() if "student.split_after=stage1" in line} == {"branched_ce", "ekd_mean"}
+    assert {name for name, line in rows.items() if "student.network=resnet14" in line} == {
+        "kd_mean_macs",
+        "kd_mean_feature_macs",
+    }
+
+
 def test_a_plain_student_that_would_be_its_own_control_is_left_out(tmp_path, words):
     """Networks of libraries have no relatives of other depth or width."""
     own = ("student.network=torchvision:mobilenet_v3_small", "student.split_after=stage2")
@@ -439,6 +454,9 @@ def test_tuned_overrides_are_appended_and_missing_ones_told(tmp_path, words):
     # What `data.fraction=0.1` gives of a data set that ten does not divide.
     (folder / "ekd.yaml").write_text(yaml.safe_dump({"overrides": [], "protocol": {**protocol, "fraction": 0.1002}}))
     assert "was tuned at fraction" not in call(*ROWS, *options, *words)[2]
+    foreign = "method.terms.feature_branch.weight=20"
+    (folder / "ekd.yaml").write_text(yaml.safe_dump({"overrides": [foreign, "method.terms.maps1.weight=2"]}))
+    assert f"ekd.yaml: ekd has no such term, so {foreign} adds one" in call(*ROWS, *options, *words)[2]
     (folder / "ekd.yaml").write_text("overrides: [recipe.epochs=9]")
     code, _, err = call(*ROWS, *options, *words)
     assert code == 2

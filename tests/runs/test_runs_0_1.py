@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from hydra import compose, initialize_config_module
+from omegaconf import DictConfig
 from whole_runs import _call
 
 from ekd_lightning.cli import report as report_command
@@ -168,7 +169,7 @@ def test_what_a_search_found(folder):
     recorded = yaml.safe_load(path.read_text())
     assert {name: read_tuned(path)[name] for name in recorded} == recorded
     spec = RowPlan("ce", ("method=ce",))
-    assert with_tuned([spec], folder / "tuned", "digits", [0.1]) == [spec]
+    assert with_tuned([spec], folder / "tuned", DictConfig, "digits", [0.1]) == [spec]
     elsewhere = f"data.root={folder}"  # was no part of the search
     words = ["ekd-tune", "--output", str(folder / "tuned"), "--trials", "1", *SEARCHED, elsewhere]
     call = _call(tune.main, words, folder / "tuned")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from made_runs import entry, result
+from omegaconf import DictConfig
 from rich.console import Console
 from scipy import stats
 
@@ -212,11 +213,11 @@ def test_one_seed_says_not_enough_runs():
 )
 def test_a_tuned_file_sets_its_methods_own_settings_alone(tmp_path, word, named):
     (tmp_path / "ekd.yaml").write_text(yaml.safe_dump({"overrides": ["method.temperature=2", "recipe.lr=0.1"]}))
-    (row,) = with_tuned([RowPlan("ekd", ("method=ekd",))], tmp_path)
+    (row,) = with_tuned([RowPlan("ekd", ("method=ekd",))], tmp_path, DictConfig)
     assert row.settings == "method.temperature=2 recipe.lr=0.1"
     (tmp_path / "ekd.yaml").write_text(yaml.safe_dump({"overrides": ["recipe.lr=0.1", word]}))
     with pytest.raises(UserError, match=re.escape(named)):
-        with_tuned([row], tmp_path)
+        with_tuned([row], tmp_path, DictConfig)
 
 
 @pytest.mark.parametrize(

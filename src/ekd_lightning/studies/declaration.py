@@ -239,7 +239,7 @@ def study_of(
     seeds = sorted({seed for row in rows for seed in row.seeds or ()})
     data, fractions = settings.data.name, (part.fraction,)
     if tuned is not None:
-        rows = with_tuned(rows, tuned, data, fractions)
+        rows = with_tuned(rows, tuned, composer, data, fractions)
     study = Study(tuple(rows), fractions, tuple(seeds), common, data, str(Path.cwd()), declared.name)
     return study if old is None else union(old, study)
 

@@ -97,7 +97,7 @@ def build_study(
         rows = plan_rows(methods, [by for by in matches if by != "none"], controls, common, old, composer)
     kept, rows = [row for row in rows if row.name in declared], [row for row in rows if row.name not in declared]
     if tuned is not None:
-        rows = with_tuned(rows, tuned, cfg.data.name, fractions)
+        rows = with_tuned(rows, tuned, composer, cfg.data.name, fractions)
     if declared:  # rows that its declaration lacks do not decide
         rows = [replace(row, seeds=seeds, decides=False) for row in rows]
     rows = [replace(row, seeds=more) if row.name in own else row for row in (*kept, *rows)]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ekd_lightning.config.overrides import key_of, may_be_given
 from ekd_lightning.errors import UserError
 from ekd_lightning.runs.directory import RunDirectory
-from ekd_lightning.studies.rows import MATCHED
+from ekd_lightning.studies.rows import MATCHED, POOLED
 from ekd_lightning.studies.study import (
     MATCHES,
     RUNS,
@@ -103,7 +103,7 @@ def _split(words: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
 def _row(name: str, own: tuple[str, ...], words: Mapping[str, str], common: Mapping[str, str]) -> RowPlan:
     """A row; overrides of other rows that it was not given, and that no continuation may add, do not apply to it."""
     without = tuple(key for key, word in common.items() if key not in words and not may_be_given(word))
-    match = {f"{method}_{by}": by for method in MATCHED for by in MATCHES}.get(name)
+    match = {f"{method}_{by}": by for method in (*MATCHED, *POOLED.values()) for by in MATCHES}.get(name)
     return RowPlan(name, own, without, match=match)
 
 

@@ -17,6 +17,7 @@ from ekd_lightning.config.config import to_settings
 from ekd_lightning.config.overrides import is_under, key_of, override
 from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.files import read_yaml
+from ekd_lightning.reporting.blocks import SUBJECTS
 from ekd_lightning.roles import Role
 from ekd_lightning.runs.protocol import Protocol
 from ekd_lightning.runs.words import check_words
@@ -33,6 +34,8 @@ CONTROLS_WITHOUT_LABELS = ("pseudo_labels", *CONTROLS[2:])
 """The controls with unlabelled images, which methods on labels alone cannot use."""
 MATCHED = ("kd_mean", "kd_mean_maps")
 """Methods that get a row with a plain student of the branched student's cost."""
+POOLED = {"kd_mean_maps": "kd_mean_feature"}
+"""What takes the place of a control beside `ekd_pooled`, which imitates other features than `ekd`."""
 _BRANCHING = ("student.branches", "student.split_after", "student.branch_width", "student.ensemble")
 _NETWORK = ("student.network", "student.options")
 SCORED_ON = "validation images"
@@ -42,7 +45,7 @@ SCORED_ON = "validation images"
 def plan_rows(
     methods: str, matches: Sequence[str], controls: bool, common: Sequence[str], old: Study | None, compose: Composer
 ) -> list[RowPlan]:
-    """The rows of `--methods`, then the controls, then plain students of equal cost.
+    """The rows of `--methods`, then the controls of the first branched one, then plain students of its cost.
 
     Args:
         methods: E.g. `ce,ekd,kd_mean@resnet14`.
@@ -60,19 +63,23 @@ def plan_rows(
         raise UserError(f"--methods {methods}: must name different rows, e.g. ce,kd_mean,ekd")
     for name in names:
         check_row_words("--methods", name, ())
+    recorded = {row.name: row for row in old.rows} if old else {}
+    declared = recorded if old and old.declaration else {}
+    rows = [declared.get(name) or make_row(name, compose, common) for name in names]
+    subject = _subject(rows, common, compose)
+    beside = POOLED if subject is not None and subject.method == "ekd_pooled" else {}
     unlabelled = compose(overrides=common).data.unlabelled is not None
-    usual = CONTROLS_WITHOUT_LABELS if unlabelled else CONTROLS
+    usual = [beside.get(name, name) for name in (CONTROLS_WITHOUT_LABELS if unlabelled else CONTROLS)]
     extra = [name for name in usual if controls and name not in names]
     if extra:
         log.info("added as controls: %s (--no-controls leaves them out)", ", ".join(extra))
-    recorded = {row.name: row for row in old.rows} if old else {}
-    declared = recorded if old and old.declaration else {}
-    rows = [declared.get(name) or make_row(name, compose, common) for name in [*names, *extra]]
+    for name in extra:
+        rows.append(declared.get(name) or _with_split(make_row(name, compose, common), subject, common, compose))
     for by in matches:
-        matched = {f"{method}_{by}": method for method in MATCHED}
+        matched = {f"{method}_{by}": method for method in (beside.get(name, name) for name in MATCHED)}
         new = {name: method for name, method in matched.items() if name not in recorded}
         if new:  # a study keeps the network that was found first
-            cfg = compose(overrides=common)
+            cfg = compose(overrides=_words(subject, common))
             match = match_student(by, cfg)
             log.info("%s: %s", ", ".join(new), match)
             if match.network == cfg.student.network and match.options == dict(cfg.student.options or {}):
@@ -81,6 +88,25 @@ def plan_rows(
             network = match_overrides(match, common, compose)
             rows += [matched_row(name, make_row(method, compose, common), by, network) for name, method in new.items()]
     return rows
+
+
+def _words(row: RowPlan | None, common: Sequence[str]) -> list[str]:
+    """The overrides of a row's runs but for seed and share; the common ones without a row."""
+    return [*common] if row is None else [*row.applied(common), *row.overrides]
+
+
+def _subject(rows: Sequence[RowPlan], common: Sequence[str], compose: Composer) -> RowPlan | None:
+    """The row that controls are for: the first branched one, of EKD if there is any; None if all are plain."""
+    branched = [row for row in rows if compose(overrides=_words(row, common)).student.branches > 1]
+    return next((row for row in branched if row.method in SUBJECTS), next(iter(branched), None))
+
+
+def _with_split(row: RowPlan, subject: RowPlan | None, common: Sequence[str], compose: Composer) -> RowPlan:
+    """A control with the split of the row that it is compared with, if it is branched and has another one."""
+    student, theirs = (compose(overrides=_words(one, common)).student for one in (row, subject))
+    if student.branches == 1 or student.split_after == theirs.split_after:
+        return row
+    return replace(row, overrides=(*row.overrides, f"student.split_after={theirs.split_after}"))
 
 
 def make_row(name: str, compose: Composer, common: Sequence[str] = ()) -> RowPlan:
@@ -113,15 +139,20 @@ def make_row(name: str, compose: Composer, common: Sequence[str] = ()) -> RowPla
         own = _BRANCHING
     elif kept := [word for word in common if is_under(key_of(word), own)]:
         log.info("%s sets its own branching, so %s does not apply to it", name, " ".join(kept))
-    of_terms = {word: key_of(word).split(".") for word in common if is_under(key_of(word), ("method.terms",))}
-    lacking = [word for word, key in of_terms.items() if len(key) > 3 and key[2] not in plain.method.terms]
-    if lacking:
+    if lacking := _of_other_terms(common, [f"method={method}"], compose):
         log.info("%s has no such term, so %s does not apply to it", name, " ".join(lacking))
     own += tuple(dict.fromkeys(key_of(word) for word in lacking))
     if not at:
         return RowPlan(name, (f"method={method}",), own)
     chosen = (f"student.network={network}", *_reset_options(common, compose))
     return RowPlan(name, (f"method={method}", *chosen), (*own, *_NETWORK))
+
+
+def _of_other_terms(words: Sequence[str], own: Sequence[str], compose: Composer) -> list[str]:
+    """The overrides among `words` that set a value of a term which the method of the overrides `own` lacks."""
+    keys = {word: key_of(word).split(".") for word in words if is_under(key_of(word), ("method.terms",))}
+    terms = compose(overrides=own).method.terms if keys else {}
+    return [word for word, key in keys.items() if len(key) > 3 and key[2] not in terms]
 
 
 def _reset_options(common: Sequence[str], compose: Composer) -> list[str]:
@@ -221,16 +252,19 @@ def warn_of_other_budgets(output: Path, facts: dict[str, Any]) -> None:
             log.warning("%s was tuned with another %s; comparing the two would not be fair", path, ", ".join(differ))
 
 
-def with_tuned(rows: Sequence[RowPlan], folder: Path, data: str = "", fractions: Sequence[float] = ()) -> list[RowPlan]:
+def with_tuned(
+    rows: Sequence[RowPlan], folder: Path, compose: Composer, data: str = "", fractions: Sequence[float] = ()
+) -> list[RowPlan]:
     """The rows with the overrides of `folder/<row>.yaml` (key `overrides`) appended.
 
     A row with another network (`kd_mean@resnet14`, `kd_mean_macs`) that has no file of its own takes that of its
     method; a row without any file keeps its defaults. The log tells of both, and warns of a file that was tuned on
-    another data set or fraction.
+    another data set or fraction, or that sets a term which the method does not have.
 
     Args:
         rows: The rows.
         folder: Folder of the files.
+        compose: Composes overrides, inside an initialised Hydra.
         data: Data set of the study.
         fractions: Fractions of the study.
 
@@ -239,10 +273,10 @@ def with_tuned(rows: Sequence[RowPlan], folder: Path, data: str = "", fractions:
     """
     if not folder.is_dir():
         raise UserError(f"--tuned {folder}: no such folder")
-    return [_with_file(row, folder, data, fractions) for row in rows]
+    return [_with_file(row, folder, compose, data, fractions) for row in rows]
 
 
-def _with_file(row: RowPlan, folder: Path, data: str, fractions: Sequence[float]) -> RowPlan:
+def _with_file(row: RowPlan, folder: Path, compose: Composer, data: str, fractions: Sequence[float]) -> RowPlan:
     names = dict.fromkeys((f"{row.name}.yaml", f"{row.method}.yaml"))
     path = next((folder / name for name in names if (folder / name).is_file()), None)
     if path is None:
@@ -257,6 +291,9 @@ def _with_file(row: RowPlan, folder: Path, data: str, fractions: Sequence[float]
     if path.stem != row.name:
         log.info("%s: takes the settings of %s, which were tuned for another network", row.name, path.name)
     _warn_of_other_data(path, content.get("protocol"), data, fractions)
+    own = [word for word in row.overrides if is_under(key_of(word), ("method",))]
+    if foreign := _of_other_terms(content["overrides"], own, compose):
+        log.warning("%s: %s has no such term, so %s adds one", path, row.method, " ".join(foreign))
     return replace(row, overrides=(*row.overrides, *content["overrides"]))
 
 

@@ -63,6 +63,10 @@ class RowPlan:
         """Name of the method, as in conf/method."""
         return self.overrides[0].removeprefix("method=")
 
+    def applied(self, common: Sequence[str]) -> list[str]:
+        """The common overrides that apply to the row."""
+        return [word for word in common if not is_under(key_of(word), self.without)]
+
     @property
     def settings(self) -> str:
         """The overrides that change the method's defaults, as one text; empty without any."""
@@ -104,8 +108,7 @@ class Study:
 
     def words(self, row: RowPlan, fraction: float, seed: int) -> list[str]:
         """The overrides of one run, as for ekd-train."""
-        common = [word for word in self.common if not is_under(key_of(word), row.without)]
-        return [*common, *row.overrides, f"data.fraction={fraction:g}", f"seed={seed}"]
+        return [*row.applied(self.common), *row.overrides, f"data.fraction={fraction:g}", f"seed={seed}"]
 
 
 def split_overrides(words: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
