@@ -163,6 +163,19 @@ def _batch(images, labels):
     return Batch(images, labels, torch.zeros_like(labels), torch.zeros_like(labels), torch.ones_like(labels).bool())
 
 
+def test_the_default_method_alone_is_replaced_and_all_parts_know(tmp_path, store):
+    """A method that an experiment chooses stays."""
+    (tmp_path / "experiment").mkdir()
+    text = "# @package _global_\ndefaults:\n  - override /method: kd_mean\n"
+    (tmp_path / "experiment" / "mine.yaml").write_text(text)
+    words = [f"teachers.store={store}", *(word for word in TINY if not word.startswith("method="))]
+    found = measurements.make_bench(words, epochs=1, minutes=None)
+    assert (found.settings.method.name, found.overrides) == ("ekd_pooled", ("method=ekd_pooled", *words))
+    words = [f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine", *words]
+    found = measurements.make_bench(words, epochs=1, minutes=None)
+    assert (found.settings.method.name, found.overrides) == ("kd_mean", tuple(words))
+
+
 def test_the_command_writes_every_part(tmp_path, store, capsys):
     output = tmp_path / "bench.json"
     words = [*TINY, f"teachers.store={store}", "teachers.compile=never"]
@@ -182,7 +195,7 @@ def test_the_command_writes_every_part(tmp_path, store, capsys):
 
 
 def test_parts_without_time_are_the_next_command(monkeypatch, capsys, tmp_path):
-    late = SimpleNamespace(device=CPU, began=0.0, has_time=lambda: False)
+    late = SimpleNamespace(device=CPU, began=0.0, overrides=(), has_time=lambda: False)
     monkeypatch.setattr(measurements, "make_bench", lambda *_, **__: late)
     main(["--parts", "ga", "seed=1"])
     assert capsys.readouterr().out.splitlines()[-2:] == ["  ekd-bench --parts ag seed=1", "  ekd-train seed=1"]

@@ -13,8 +13,10 @@ import torch
 from ekd_lightning.bench import cost, parts
 from ekd_lightning.bench.parts import Bench, worker_counts
 from ekd_lightning.config.config import compose_settings, import_user_modules
+from ekd_lightning.config.overrides import key_of
 from ekd_lightning.errors import UserError, quiet
 from ekd_lightning.pipeline.prepare import prepare
+from ekd_lightning.settings import MethodSettings
 from ekd_lightning.teachers.hardware import keep_freed_memory, resolve_precision
 from ekd_lightning.training.pool import gather_teachers
 
@@ -35,8 +37,12 @@ def make_bench(overrides: Sequence[str], *, epochs: int, minutes: float | None, 
     """
     began = time.perf_counter()
     keep_freed_memory()  # as every run does; the plain loop profits too
-    # By default a method that teacher tables serve: the plain loop computes no stage outputs.
-    settings = compose_settings("method=ekd_pooled", f"recipe.epochs={epochs}", "trainer.devices=1", *overrides)
+    more = (f"recipe.epochs={epochs}", "trainer.devices=1")
+    settings = compose_settings(*more, *overrides)
+    if settings.method.name == MethodSettings().name and "method" not in map(key_of, overrides):
+        # In place of the default a method that teacher tables serve: the plain loop computes no stage outputs.
+        overrides = ["method=ekd_pooled", *overrides]
+        settings = compose_settings(*more, *overrides)
     import_user_modules(settings.imports)
     accelerator = str(settings.trainer.get("accelerator", "auto"))
     on_gpu = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")

@@ -112,7 +112,7 @@ def _measure(args: argparse.Namespace) -> str:
     on_gpu = context.device.type == "cuda"
     found: dict[str, Any] = {
         "origin": provenance(),
-        "settings": " ".join(args.overrides),
+        "settings": " ".join(context.overrides),
         "rounds": args.rounds,
         "seconds": {"start": time.perf_counter() - context.began},
     }
