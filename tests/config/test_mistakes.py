@@ -98,6 +98,21 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path, text, told):
     assert found.removeprefix(f"{tmp_path}/").startswith(told)
 
 
+@pytest.mark.parametrize(
+    ("item", "found"), [("override /method: 3", "int"), ("override /method: {a: 1}", "dict"), ("3", "int")]
+)
+def test_a_defaults_list_that_names_no_option_is_one_line(tmp_path, item, found):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(f"# @package _global_\ndefaults:\n  - {item}\n")
+    told = f"the defaults list of a file names options of groups, e.g. override /method: ekd; it holds {found}"
+    assert line(f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine") == told
+
+
+def test_a_group_that_a_file_sets_to_a_number_needs_no_override_as_subject():
+    told = "a configuration group takes the name of one of its options, see --help"
+    assert line_of(ValueError("Config group override must be a string or a list. Got int"), ["seed=1"]) == told
+
+
 @pytest.mark.parametrize("call", [call_train, call_teach])
 def test_commands_of_hydra_end_with_this_line(call, tmp_path):
     outcome = call("recipe.lr=high", directory=tmp_path / "run")

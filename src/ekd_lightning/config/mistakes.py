@@ -124,6 +124,10 @@ def _as_typed(value: Any) -> str:
 def _not_an_option(error: BaseException, words: Sequence[str]) -> str | None:
     """The line for a group set to a number, a list, a truth value or null, for which Hydra raises a plain error."""
     told = str(error)
+    if isinstance(error, ValueError) and (
+        kind := re.match(r"Unsupported (?:item value|type) in defaults : (\w+)", told)
+    ):
+        return f"the defaults list of a file names options of groups, e.g. override /method: ekd; it holds {kind[1]}"
     number = isinstance(error, ValueError) and told.startswith("Config group override must be")
     listed = isinstance(error, TypeError) and told.startswith("argument of type") and told.endswith("not iterable")
     if not (number or listed):
@@ -135,7 +139,8 @@ def _not_an_option(error: BaseException, words: Sequence[str]) -> str | None:
     found = [word for word in words if re.fullmatch(rf"\+?(?!({'|'.join(no_groups)})=)[\w/@]*={value}", word)]
     if listed and not found:
         return None
-    return f"{' or '.join(found)}: a configuration group takes the name of one of its options, see --help"
+    subject = f"{' or '.join(found)}: " if found else ""  # in a file, whose error does not say where
+    return f"{subject}a configuration group takes the name of one of its options, see --help"
 
 
 def _not_yaml(error: BaseException) -> str | None:
