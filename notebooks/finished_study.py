@@ -1,7 +1,7 @@
 # %% [markdown]
 # # A finished study
 #
-# Which method is best at which cost? This notebook reads the records of a study of `ekd-compare`: 41 rows on 10 %
+# Which method is best at which cost? This notebook reads the records of a study of `ekd-compare`: 42 rows on 10 %
 # of CIFAR-10's labels, three seeds each, with the default weights of every method. It trains nothing. For a study of
 # your own, use `collect([folder])` in place of the records; `ekd-report` makes a page of the same numbers.
 
