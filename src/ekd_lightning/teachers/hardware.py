@@ -33,8 +33,7 @@ _LARGEST = (1 << 30, 1 << 25)  # older versions take 32 MB at most
 def native_bfloat16(device_type: str) -> bool:
     """Whether the hardware multiplies bfloat16; where it is emulated, it is slower than float32.
 
-    Args:
-        device_type: "cpu" (which needs AVX512-BF16 or AMX) or "cuda"; False for all others, which were not measured.
+    A CPU needs AVX512-BF16 or AMX for it. False for devices besides "cpu" and "cuda", which were not measured.
     """
     if device_type == "cuda":
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -48,16 +47,9 @@ def native_bfloat16(device_type: str) -> bool:
 
 
 def resolve_precision(precision: str | int | None, accelerator: str = "auto") -> str | int | None:
-    """Turns `auto` into a Lightning precision and returns anything else unchanged.
+    """Turns the precision `auto` into `bf16-mixed` where the hardware multiplies bfloat16, else into `32-true`.
 
-    `auto` is bfloat16 autocast where the hardware multiplies bfloat16, and float32 elsewhere.
-
-    Args:
-        precision: `auto` or any value of Lightning's `precision` flag.
-        accelerator: Lightning's `accelerator` flag.
-
-    Returns:
-        `bf16-mixed`, `32-true`, or `precision` itself.
+    Any other value of Lightning's `precision` flag is returned unchanged.
     """
     if precision != "auto":
         return precision
@@ -78,15 +70,10 @@ def teacher_dtype(precision: str, device_type: str) -> torch.dtype:
 
 
 def compiled_or_not(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """Compiles a function for the shapes of its first call; without a working compiler it runs uncompiled.
+    """Compiles a function for the shapes of its first call, with options of `torch.compile`.
 
-    Args:
-        function: The function.
-        options: Options of `torch.compile`.
-
-    Returns:
-        The compiled function. If its first call fails, this and all later calls go to `function`. Errors of compiling
-        the backward pass occur later and are not caught.
+    If its first call fails, e.g. without a compiler, this and all later calls go to the function itself. Errors of
+    compiling the backward pass occur later and are not caught.
     """
     chosen: Callable[..., Any] = torch.compile(function, dynamic=False, **options)
     tried = False
@@ -135,7 +122,7 @@ def busy_threads() -> int:
 
 
 def set_threads(requested: int | None, recorded: int | None, *, device_type: str, num_devices: int) -> int:
-    """Chooses and sets the number of torch's threads in this process, and logs it.
+    """Chooses, sets, logs and returns the number of torch's threads in this process.
 
     Args:
         requested: `trainer.threads`; None to choose.
@@ -143,9 +130,6 @@ def set_threads(requested: int | None, recorded: int | None, *, device_type: str
             run.
         device_type: Device of the training; on an accelerator threads hardly matter and stay as they are.
         num_devices: Processes that share the machine.
-
-    Returns:
-        The number of threads.
 
     Raises:
         UserError: If `requested` is not a positive integer.
@@ -196,10 +180,8 @@ def keep_freed_memory() -> bool:
     """Makes glibc keep freed memory instead of returning it to the system, for the rest of the process.
 
     By default large tensors are mapped anew in every step, and the system clears their pages each time: about 10,000
-    page faults per step of a ResNet-8 at batch 128, a seventh of a compiled step on two cores.
-
-    Returns:
-        Whether it has an effect, which needs Linux with glibc. Accelerators have their own allocators.
+    page faults per step of a ResNet-8 at batch 128, a seventh of a compiled step on two cores. Returns whether it has
+    an effect, which needs Linux with glibc; accelerators have their own allocators.
     """
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         return False

@@ -83,14 +83,7 @@ def plan_source(
 ) -> SourcePlan:
     """Decides whether teacher outputs come from tables; logs why not, or how large the tables may become.
 
-    Args:
-        settings: Settings of the run.
-        dataset: The images.
-        subset: The training images.
-        views: The training's view family.
-        teachers: The teachers, or others with tables at least as large.
-        method: The method; the plan holds for every method that needs the same outputs.
-        unlabelled: Training images without labels.
+    The plan holds for other teachers with tables at most as large, and for every method that needs the same outputs.
 
     Raises:
         UserError: If tables are required (`teachers.table=require`) and not possible.
@@ -105,7 +98,7 @@ def plan_source(
         _log_once(f"teachers run in every step, without tables: {problem}")
         return live
     stages = _kept_stages(settings, method)
-    folder = table_folder(settings)
+    folder = Path(settings.teachers.store) / "tables"
     sets = [(dataset.train.sha256, len(dataset.train))]
     images = subset.train_index
     if unlabelled is not None:
@@ -136,11 +129,6 @@ def plan_source(
         how=how,
     )
     return SourcePlan(tables=True, stages=stages, open=tabled)
-
-
-def table_folder(settings: Settings) -> Path:
-    """Returns the folder of the tables of teacher outputs."""
-    return Path(settings.teachers.store) / "tables"
 
 
 def _kept_stages(settings: Settings, method: Method) -> Stages:
@@ -202,12 +190,8 @@ def table_bytes(
 ) -> int:
     """Returns an upper bound of a table's bytes on a file system with blocks of 4096 bytes.
 
-    Args:
-        num_images: Images that the run uses.
-        num_views: V.
-        columns: Columns of a row.
-        set_size: Images in the whole set; if given, the bound is tighter for large subsets.
-        used_views: Most views of an image that the run uses; if given, the bound is tighter for large rows.
+    The number of images in the whole set, `set_size`, makes it tighter for large subsets; the most views of an image
+    that the run uses, `used_views`, for large rows.
     """
     row = row_dtype(columns).itemsize
     per_image = num_views * row
@@ -243,16 +227,10 @@ def present_bytes(
 
 
 def check_disk(folder: Path, needed: int, budget: float, present: int) -> None:
-    """Checks that the tables fit, before training begins.
-
-    Args:
-        folder: Folder of the tables; need not exist yet.
-        needed: Upper bound of the bytes of the run's tables when full.
-        budget: Largest number of bytes that they may take.
-        present: Bytes that they take already.
+    """Checks that the tables of a run fit, before training begins: `needed` bytes when full, `present` bytes already.
 
     Raises:
-        UserError: If the tables need more than the budget or the free space.
+        UserError: If the tables need more than the budget in bytes, or than the free space.
     """
     need = f"the teacher tables need up to {needed / 1e6:,.1f} MB in {folder}"
     advice = "use fewer images, views or teachers, or set teachers.table=off"

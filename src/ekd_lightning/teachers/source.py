@@ -130,24 +130,17 @@ class TeacherFormat:
 
 
 class FrozenTeachers:
-    """The members of an ensemble as frozen copies, on the ensemble's device.
+    """The members of an ensemble as frozen copies on its device, which return the outputs of some stages.
 
     Attributes:
         numeric_format: "float32" or "bfloat16"; part of the key of a table.
         chunk: Preferred number of images in a batch.
+
+    Raises:
+        UserError: If a teacher lacks a stage.
     """
 
     def __init__(self, ensemble: TeacherEnsemble, how: TeacherFormat | None = None, stages: Sequence[str] = ()) -> None:
-        """Copies the teachers.
-
-        Args:
-            ensemble: The frozen teachers, on the device where they will run.
-            how: Their format.
-            stages: Names of the stages whose outputs are needed.
-
-        Raises:
-            UserError: If a teacher lacks a stage.
-        """
         how = how or TeacherFormat()
         ensemble.check_stages(stages)
         device = ensemble.device
@@ -177,15 +170,9 @@ class FrozenTeachers:
         self._planned_rows = rows
 
     def outputs(self, m: int, images: Tensor, batch_size: int | None = None) -> NetworkOutput:
-        """Returns the outputs of teacher m, without gradient and outside autocast.
+        """Returns the outputs of teacher m for images [B, 3, H, W], without gradient and outside autocast, in float32.
 
-        Args:
-            m: The teacher's position in the ensemble, from 0.
-            images: [B, 3, H, W] in [0, 1], on the teachers' device.
-            batch_size: The size to compile for, if it is compiled; None for the size of the first batch.
-
-        Returns:
-            Logits [B, C], pooled features [B, D_m] and the needed stages, in float32.
+        `batch_size` is the size to compile for, if it is compiled; None for the size of the first batch.
         """
         frozen = self._frozen[m]
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
@@ -216,15 +203,12 @@ def _filled(images: Tensor, size: int) -> Tensor:
 
 
 class LiveTeachers(TeacherSource):
-    """A source that runs every teacher on every batch. It has no table, so it counts neither hits nor misses."""
+    """A source that runs every teacher on every batch. It has no table, so it counts neither hits nor misses.
+
+    Frozen copies are made on first use; the ensemble must then be on the batches' device.
+    """
 
     def __init__(self, ensemble: TeacherEnsemble, how: TeacherFormat | None = None) -> None:
-        """Keeps the teachers; frozen copies are made on first use.
-
-        Args:
-            ensemble: The frozen teachers; on the batches' device when they run.
-            how: Their format.
-        """
         self._ensemble, self._how = ensemble, how
         self._frozen: dict[Stages, FrozenTeachers] = {}
         self._planned_rows = 0

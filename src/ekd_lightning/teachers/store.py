@@ -36,13 +36,10 @@ COST = "cost.json"
 
 
 class TeacherStore:
-    """A content-addressed folder of trained teachers and of their outputs for test sets.
+    """A content-addressed folder of trained teachers and of their outputs for test sets; it is made when needed.
 
     An entry appears by one rename once it is complete; a killed training leaves only a scratch folder, from which the
     next one continues. Each entry has a lock, so that concurrent runs wait for each other and train a teacher once.
-
-    Args:
-        root: Folder of the store; made when needed.
 
     Raises:
         UserError: On use, if the folder cannot be written.
@@ -132,17 +129,9 @@ class TeacherStore:
     def test_outputs(
         self, network: Callable[[], StagedNetwork], sha256: str, images: ImageSet, batch_size: int, device: torch.device
     ) -> Predictions:
-        """Returns a teacher's outputs for a test set, computed once per (teacher, test set) and stored if possible.
+        """Returns a teacher's outputs for a test set, float32 on the CPU; computed once per teacher and test set.
 
-        Args:
-            network: Returns the teacher; not called if its outputs are stored.
-            sha256: `answers_sha256` of the teacher.
-            images: The test set.
-            batch_size: Images per forward pass.
-            device: Device of the forward passes.
-
-        Returns:
-            The outputs, float32 on the CPU.
+        They are stored if possible, under the teacher's `answers_sha256`. If they are, `network` is not called.
         """
         digest = self.digest({"teacher": sha256, "images": images.sha256})
         path = self.root / "outputs" / f"{digest}.safetensors"

@@ -144,25 +144,19 @@ def _check_values(payloads: NDArray[np.uint8], rows: Rows, salt: int) -> NDArray
 
 
 class TeacherTable:
-    """Rows of one teacher for an image set and a view family.
+    """Rows of one teacher for an image set and a view family; a missing table is created, with its folder.
+
+    A file of the wrong length or with a wrong sidecar is named in a warning and replaced by an empty one.
 
     Attributes:
         key: The table's key.
         path: The file of rows; the sidecar has the same name with the suffix `.json`.
+
+    Raises:
+        OSError: If the folder or the file cannot be made, written or opened.
     """
 
     def __init__(self, folder: str | os.PathLike[str], key: TableKey) -> None:
-        """Opens the table, or creates it if it is missing.
-
-        A file of the wrong length or with a wrong sidecar is named in a warning and replaced by an empty one.
-
-        Args:
-            folder: Folder of the tables; made if missing.
-            key: The table's key.
-
-        Raises:
-            OSError: If the folder or the file cannot be made, written or opened.
-        """
         self.key, self._salt = key, key.salt
         self.path = Path(folder) / f"{key.name}.rows"
         self._sidecar = self.path.with_suffix(".json")
@@ -300,10 +294,8 @@ class TeacherTable:
 class JoinedTables:
     """Tables of one teacher for several image sets under one index; each can also serve runs with its set alone.
 
-    Reads and writes as `TeacherTable`. The images of each table are numbered after those of the table before.
-
-    Args:
-        tables: One for each image set, all with the same columns.
+    Reads and writes as `TeacherTable`. The images of each table are numbered after those of the table before; all have
+    the same columns.
     """
 
     def __init__(self, tables: Sequence[TeacherTable]) -> None:

@@ -149,16 +149,10 @@ class TabledTeachers(TeacherSource):
     # -- an epoch ahead ---------------------------------------------------------------------------------
 
     def prepare_epoch(self, index: Tensor, view: Tensor, images_of: ImagesOf, counts: StageCounts) -> None:
-        """Completes the tables for all rows of an epoch and loads these rows onto the device.
+        """Completes the tables for all rows of an epoch and loads these rows onto the device; see `TeacherSource`.
 
         Missing rows are computed in large batches, all of one size. Until the next call, batches may consist of these
         rows only. Nothing is looked up if all outputs come from live teachers.
-
-        Args:
-            index: As in `TeacherSource`.
-            view: As in `TeacherSource`.
-            images_of: As in `TeacherSource`.
-            counts: As in `TeacherSource`.
 
         Raises:
             IndexError: If an index or a view lies outside the run's images or the view family.
