@@ -17,14 +17,10 @@ _ROUNDING = 1e-3  # of resized images
 
 
 def as_batch(given: Any, num_classes: int) -> Batch:
-    """Returns what a user's data loader yielded as a `Batch`.
-
-    Args:
-        given: Images [B, 3, H, W] or grey ones [B, 1, H, W], floating point in [0, 1]; and labels, integers [B].
-        num_classes: C; labels lie in 0 .. C-1.
+    """Returns what a user's data loader yielded as a `Batch`: images as in `as_images`, and labels, integers [B].
 
     Raises:
-        UserError: If it is something else.
+        UserError: If it is something else, or a label lies outside 0 .. C-1.
     """
     if not isinstance(given, tuple | list) or len(given) != 2:
         found = f"a {type(given).__name__}" + (f" of {len(given)}" if isinstance(given, tuple | list | dict) else "")
@@ -41,11 +37,9 @@ def as_batch(given: Any, num_classes: int) -> Batch:
 
 
 def as_images(images: Any, labels: tuple[Tensor, int] | None = None) -> Tensor:
-    """Returns images as float32 [B, 3, H, W].
+    """Returns images [B, 3, H, W], or grey ones [B, 1, H, W], floating point in [0, 1], as float32 [B, 3, H, W].
 
-    Args:
-        images: Images as in `as_batch`.
-        labels: Labels and C, checked in the same read from the device; None for none.
+    `labels` are labels and C, which are checked in the same read from the device.
 
     Raises:
         UserError: If they are something else, or a label lies outside 0 .. C-1.

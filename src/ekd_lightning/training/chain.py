@@ -88,15 +88,7 @@ def plan_chain(
 ) -> Chain:
     """Parses `method.assistants`, and checks everything that can be checked before training.
 
-    Args:
-        settings: Settings of the run.
-        dataset: The images.
-        subset: The training images of student and assistants.
-        views: The view family of student and assistants.
-        teachers: Candidates for teaching the first assistant.
-        student: The student; only its size is used.
-        accelerator: Lightning's flag.
-        curves: Loggers of the assistants; None for none.
+    `teachers` are candidates for teaching the first assistant; of the student only its size is used.
 
     Raises:
         UserError: If the method has no teachers, a network or option is unknown, or a recipe, temperature or weight is

@@ -54,12 +54,7 @@ class CheckpointWriter(CheckpointIO):
         self._seen: set[Path] = set()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Copies the state and queues its writing.
-
-        Args:
-            checkpoint: The state: containers, tensors, numbers and strings.
-            path: The file.
-            storage_options: Not supported.
+        """Copies the state (containers, tensors, numbers and strings) and queues its writing.
 
         Raises:
             UserError: If an earlier checkpoint could not be written, naming it.

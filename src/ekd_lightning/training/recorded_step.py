@@ -127,12 +127,7 @@ class RecordedStep:
         return len(self._graphs)
 
     def start_epoch(self, rows: EpochRows, log_columns: int) -> None:
-        """Copies an epoch's rows to the device, into the buffers that graphs read.
-
-        Args:
-            rows: The epoch's steps.
-            log_columns: Number of values that a step logs.
-        """
+        """Copies an epoch's rows to the device, into the buffers that graphs read; a step logs `log_columns` values."""
         given = rows.tensors()
         held = {} if self._rows is None else self._rows.tensors()
         if {name: values.shape for name, values in given.items()} != {n: values.shape for n, values in held.items()}:

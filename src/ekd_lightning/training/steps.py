@@ -32,16 +32,9 @@ _NO_OPTIONS = ("params", "fused", "foreach", "capturable", "differentiable")
 
 
 def lr_factor(recipe: RecipeSettings, steps_per_epoch: int) -> Callable[[int], float]:
-    """Builds the factor of `recipe.lr` for each optimiser step.
+    """Builds the factor of `recipe.lr` for each optimiser step, counted from 0; it is in [0, 1] for `gamma` <= 1.
 
     It depends on the recipe and the step alone, so that a resumed run continues the same curve.
-
-    Args:
-        recipe: Checked recipe.
-        steps_per_epoch: Optimiser steps of one epoch.
-
-    Returns:
-        step (0-based) -> factor; in [0, 1] for `gamma` <= 1.
     """
     total = recipe.epochs * steps_per_epoch
     warmup = round(recipe.warmup_epochs * steps_per_epoch)
@@ -61,14 +54,10 @@ def lr_factor(recipe: RecipeSettings, steps_per_epoch: int) -> Callable[[int], f
 
 
 def optimizer_class(name: str, key: str) -> type[Optimizer]:
-    """Returns a class of torch.optim by its name; other optimisers are not available.
-
-    Args:
-        name: Name of the class, in upper or lower case.
-        key: Dotted key of the setting, for the error.
+    """Returns a class of torch.optim by its name, in upper or lower case; other optimisers are not available.
 
     Raises:
-        UserError: If torch.optim has no such class, or training steps cannot use it.
+        UserError: If torch.optim has no such class, or training steps cannot use it; the message begins with `key`.
     """
     if reason := _UNFIT.get(name.lower()):
         raise UserError(f"{key}={name}: {reason}")
@@ -101,14 +90,10 @@ def make_optimizer(
     fused: bool = False,
     key: str = "recipe",
 ) -> tuple[Optimizer, LambdaLR]:
-    """Builds the recipe's optimiser with its schedule (to be stepped once per optimiser step).
+    """Builds the recipe's optimiser with its schedule, to be stepped once per optimiser step.
 
-    Args:
-        parameters: The trained parameters.
-        recipe: Checked recipe.
-        steps_per_epoch: Optimiser steps of one epoch.
-        fused: Whether one kernel updates all parameters, for classes of `FUSED`; on CPU and CUDA only.
-        key: Dotted key of the recipe, for messages.
+    If `fused`, on CPU and CUDA only, one kernel updates all parameters, for classes of `FUSED`. `key` is the dotted key
+    of the recipe, for messages.
 
     Raises:
         UserError: If torch.optim has no such class, or the class refuses the options or the parameters.
@@ -133,17 +118,10 @@ def make_optimizer(
 
 
 class WeightAverage(nn.Module):
-    """Exponential moving average of a network's parameters and buffers.
+    """Exponential moving average of a network's parameters and buffers, in `module`, a copy of the network.
 
     It equals `torch.optim.swa_utils.AveragedModel`, which would read a counter from the device in every update. Integer
-    buffers are copied, not averaged.
-
-    Args:
-        network: The network; it is copied.
-        decay: Share of the old average in the new one, in (0, 1).
-
-    Attributes:
-        module: A copy of the network that holds the average.
+    buffers are copied, not averaged. `decay` is the share of the old average in the new one, in (0, 1).
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
@@ -153,12 +131,7 @@ class WeightAverage(nn.Module):
 
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
-        """Updates the average after an optimiser step.
-
-        Args:
-            network: The averaged network.
-            step: Optimiser steps so far, >= 1; the average starts as the weights after the first step.
-        """
+        """Updates the average after optimiser step `step` >= 1; it starts as the weights after the first step."""
         ours, theirs = ([*one.parameters(), *one.buffers()] for one in (self.module, network))
         exact = [step <= 1 or not average.is_floating_point() for average in ours]
         for average, weights in zip(itertools.compress(ours, exact), itertools.compress(theirs, exact), strict=True):

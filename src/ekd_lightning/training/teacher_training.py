@@ -70,22 +70,19 @@ def train_teacher(
     start: Callable[[], StagedNetwork] | None = None,
     head_only: bool = False,
 ) -> StagedNetwork:
-    """Trains one network by cross-entropy on one device.
+    """Trains one network by cross-entropy on one device; returns it with its last weights, in eval mode on the CPU.
 
-    A training that was killed continues from its last whole epoch.
+    A training that was killed continues from its last whole epoch, whose checkpoint is in `scratch`.
 
     Args:
         spec: Network to build.
         data: Images it may see, and their augmentation.
         recipe: Optimiser and schedule.
         seed: Seed of initialisation, order and views.
-        scratch: Folder of the checkpoints, possibly with those of a killed training.
+        scratch: Folder of the checkpoints.
         accelerator: Lightning's flag.
         start: Returns the network whose weights, without its head, are the initial ones; None for random weights.
         head_only: Whether only the head is trained; all else stays as it is, statistics of batch norm included.
-
-    Returns:
-        The network with its last weights, in eval mode on the CPU.
     """
     index = data.index()
     log.info("training teacher %s (seed %d) on %s images", spec.name, seed, f"{len(index):,}")
@@ -208,17 +205,8 @@ def train_assistant(
     """Distils the teachers into one network on one device, as the run does with a plain student.
 
     It sees the student's training images in the student's views, and with the student's seed and recipe also in the
-    same batches. A training that was killed continues from its last whole epoch.
-
-    Args:
-        training: Settings of the chain.
-        spec: Network to build.
-        seed: Seed of initialisation, order and views.
-        teachers: The frozen ensemble.
-        scratch: Folder of the checkpoints, possibly with those of a killed training; receives the cost.
-
-    Returns:
-        The network with its last weights, in eval mode on the CPU.
+    same batches. A training that was killed continues from its last whole epoch, whose checkpoint is in `scratch`; the
+    cost is written there. Returns the network with its last weights, in eval mode on the CPU.
     """
     recipe = training.settings.recipe
     names = ", ".join(identity.id for identity in teachers.identities)

@@ -88,14 +88,10 @@ def check_trainer(flags: dict[str, Any]) -> None:
 def build_trainer(
     flags: dict[str, Any], directory: Path, loggers: list[Logger], callbacks: list[Callback]
 ) -> pl.Trainer:
-    """Builds the Trainer.
+    """Builds the Trainer of a run in its directory, from checked `trainer.*` flags.
 
-    Args:
-        flags: Checked `trainer.*` flags; `precision: auto` is resolved here. `enable_progress_bar: null` enables the
-            bar of a callback, if there is one: a run has its own display.
-        directory: The run's directory.
-        loggers: Lightning loggers.
-        callbacks: Lightning callbacks.
+    `precision: auto` is resolved here. `enable_progress_bar: null` enables the bar of a callback, if there is one: a
+    run has its own display.
 
     Raises:
         UserError: If Lightning refuses the value of a flag.
@@ -275,15 +271,9 @@ def _test(trainer: pl.Trainer, module: Distiller, data: ImageDataModule, section
 
 
 def named_scores(prefix: str, metrics: Mapping[str, Any], suffix: str = "") -> dict[str, Any]:
-    """Renames Lightning's `test/nll`, `test/branch_accuracy_0`, ... to flat fields.
+    """Renames Lightning's `test/nll`, ... (or `val/`) to flat fields `test_nll<suffix>`.
 
-    Args:
-        prefix: "test" or "val".
-        metrics: Metrics that Lightning returned or logged.
-        suffix: Suffix of every field, e.g. "_best".
-
-    Returns:
-        `test_nll<suffix>`, ..., and `test_branch_accuracy<suffix>` as a list in branch order.
+    `test/branch_accuracy_0`, ... become the list `test_branch_accuracy<suffix>`, in branch order.
     """
     start = f"{prefix}/"
     found = {name.removeprefix(start): float(value) for name, value in metrics.items() if name.startswith(start)}
@@ -313,11 +303,8 @@ def end_processes(trainer: pl.Trainer, *, wait: bool) -> None:
     """Ends the ranks that Lightning's launcher started, and its thread that watches them.
 
     That thread kills this process if any rank ended with an error, even if this process has gone on to the next job of
-    a sweep. It reads the launcher's list of ranks; an empty list ends it.
-
-    Args:
-        trainer: The run's trainer.
-        wait: Whether the ranks may finish by themselves first; after a failure they are killed.
+    a sweep. It reads the launcher's list of ranks; an empty list ends it. With `wait` the ranks may finish by
+    themselves first; after a failure they are killed.
     """
     started = getattr(trainer.strategy.launcher, "procs", None)
     if not started or not all(isinstance(process, subprocess.Popen) for process in started):
