@@ -52,13 +52,7 @@ class Findings(NamedTuple):
 
 
 def merge(result: Result, findings: Findings, part: str, seconds: float) -> Result:
-    """Returns the result with a part's findings, which replace its earlier ones.
-
-    Args:
-        result: Result of the run, with the findings of other parts.
-        findings: Findings of the part.
-        part: Name of the part.
-        seconds: Seconds that the part took.
+    """Returns the result with the findings of a part, which replace its earlier ones, and the seconds that it took.
 
     Raises:
         ValueError: If a new part has a field of a name that is taken.
@@ -182,13 +176,7 @@ def open_context(
 def refuse_other_images(
     run: RunDirectory, settings: Settings, dataset: Dataset, unlabelled: Unlabelled | None = None
 ) -> None:
-    """Compares images with the recorded hashes of a run.
-
-    Args:
-        run: The run; only recorded hashes are compared.
-        settings: Settings, which name the paths of the images.
-        dataset: The labelled images.
-        unlabelled: The images without labels; None if they are not read.
+    """Compares images at the paths of the settings with the hashes that a run has recorded so far.
 
     Raises:
         UserError: Naming the path whose images differ.
@@ -206,11 +194,9 @@ def refuse_other_images(
 
 
 def refuse_other_teachers(run: RunDirectory, teachers: Iterable[tuple[str, str | None]]) -> None:
-    """Compares the weights of teachers, wherever their files are, with those on a run's record.
+    """Compares the weights of teachers, wherever their files are, with those on a run's record so far.
 
-    Args:
-        run: The run; teachers that it has not recorded yet are not compared.
-        teachers: Id of each of the run's teachers, and SHA-256 of its weights if they are known.
+    `teachers` are the id of each of the run's teachers, and the SHA-256 of its weights if they are known.
 
     Raises:
         UserError: Naming the first teacher with other weights.
@@ -239,12 +225,7 @@ def _require_recorded(context: EvaluationContext, path: Path, recorded: float | 
 
 
 def recorded_teachers(settings: Settings, entries: Iterable[Mapping[str, Any]], data: TeacherData) -> TeacherEnsemble:
-    """Loads the teachers that a run's provenance names; trains none.
-
-    Args:
-        settings: Settings of the run, with the current paths of the teachers.
-        entries: `teachers` of provenance.json.
-        data: Data of the run.
+    """Loads the teachers that a run's provenance names (`entries`) from their current paths; trains none.
 
     Raises:
         UserError: If a teacher is missing, or has other weights than the run's.

@@ -155,9 +155,7 @@ def corruptions(
 def efficiency(context: EvaluationContext, *, min_seconds: float = 1.0) -> Findings:
     """Measures the cost of the deployed form: batch norm folded, channels-last, float32, not compiled.
 
-    Args:
-        context: The run.
-        min_seconds: Shortest time for which each batch size is measured.
+    Each batch size is measured for at least `min_seconds`.
 
     Returns:
         `deployed_bytes`; `latency_ms_batch1`, `latency_ms_batch128` (medians) and `latency_iqr_ms_batch1`,
@@ -245,12 +243,8 @@ class Outcome(NamedTuple):
 def evaluate_new_run(context: EvaluationContext, directory: RunWriter) -> Result:
     """Runs the parts of `evaluation.parts` after a training; if a part fails, only its findings are lost.
 
-    Args:
-        context: The trained student; its `result` has everything but the evaluation.
-        directory: The run's directory; receives arrays.npz.
-
-    Returns:
-        The result with the findings; the caller writes it.
+    The context's result has everything but the evaluation. The directory receives arrays.npz; the caller writes the
+    returned result.
     """
     outcome = _run_parts(context, directory, context.settings.evaluation.parts, force=True, new=True)
     return outcome.result.having(evaluation_error=BETWEEN.join(outcome.errors.values()) or None)
@@ -261,13 +255,8 @@ def evaluate_finished_run(
 ) -> Outcome:
     """Runs parts for a finished run, and writes result.json and arrays.npz after each.
 
-    Fields and arrays of other parts, and of the run itself, are kept.
-
-    Args:
-        context: The run's student, data and result.
-        directory: The run's directory.
-        parts: Names of the parts.
-        force: Whether parts with recorded findings are run again.
+    Fields and arrays of other parts, and of the run itself, are kept. Parts with recorded findings are run again only
+    with `force`.
     """
     return _run_parts(context, directory, parts, force=force, new=False)
 

@@ -73,9 +73,7 @@ class ExportOptions:
 def load_weights(run: RunDirectory, weights: str) -> BranchedStudent:
     """Loads the run's student with other weights than those after the last epoch.
 
-    Args:
-        run: The run.
-        weights: `best` for the epoch with the best validation accuracy, `ema` for the moving average.
+    They are `best`, of the epoch with the best validation accuracy, or `ema`, the moving average.
 
     Raises:
         UserError: If the checkpoint is missing or damaged, lacks these weights, or is of another student.
@@ -141,20 +139,18 @@ def export_student(
     *,
     force: bool = False,
 ) -> dict[str, Any]:
-    """Writes the files, checks each on all test images, and records them in export.json.
+    """Writes the files, checks each on all test images, and records them in export.json, whose content is returned.
 
     The caller must hold the folder's lock, see `exporting`. A file gets its name only after its check. Files of the
-    same student in the folder are kept, with their entries in export.json.
+    same student in the folder are kept, with their entries in export.json. `force` overwrites files, and replaces the
+    export of another student.
 
     Args:
         context: The run; its student has the weights to export, on the CPU.
         provenance: Content of the run's provenance.json.
         folder: Folder of the files; made if missing.
         options: Options of the export.
-        force: Whether to overwrite files, and to replace the export of another student.
-
-    Returns:
-        The content of export.json.
+        force: See above.
 
     Raises:
         UserError: If a branch does not exist, branches do not fold, a file exists, the folder holds another student, or

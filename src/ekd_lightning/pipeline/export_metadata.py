@@ -23,11 +23,7 @@ _OF_A_TEACHER = ("id", "network", "sha256", "source", "trained_on", "test_accura
 
 
 def measure(logits: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Computes scores on the test set: those of `score_logits`, and the accuracy of each class.
-
-    Args:
-        logits: float32 [N, C].
-        labels: int64 [N].
+    """Computes scores on the test set from logits, float32 [N, C], and labels, int64 [N].
 
     Returns:
         `images`, `accuracy`, `nll`, `ece`, `brier`, `top5` (from 20 classes on), and `class_accuracy` (None
@@ -48,13 +44,8 @@ def describe_export(
 ) -> dict[str, Any]:
     """Returns the metadata that files of every format hold, JSON-able.
 
-    Args:
-        context: The run's settings, result and data.
-        provenance: Content of the run's provenance.json.
-        student: The exported student, after cutting or folding branches.
-        branches: Branches of the run's student that it keeps.
-        weights: `last`, `best` or `ema`.
-        metrics: Scores of this student, from `measure`.
+    `student` is the exported student, after cutting or folding branches, `metrics` its scores from `measure`, and
+    `branches` are those of the run's student that it keeps.
     """
     data = context.dataset
     return {

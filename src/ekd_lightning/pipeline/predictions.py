@@ -46,9 +46,6 @@ def predictions(context: EvaluationContext) -> Findings:
 
     docs/evaluation.md defines the fields. Fields that do not apply (one branch, no teachers, no validation images) are
     None, so that a repeated evaluation replaces all of them.
-
-    Args:
-        context: A trained student and its data.
     """
     test = context.dataset.test
     outputs = context.test_predictions

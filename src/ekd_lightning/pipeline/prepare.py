@@ -80,14 +80,10 @@ class Prepared:
 
 
 def prepare(settings: Settings, accelerator: str, curves: TeacherCurves | None = None) -> Prepared:
-    """Builds all cheap parts and makes all possible checks.
+    """Builds all cheap parts of a run and makes all possible checks.
 
-    The student's initial weights depend on `settings.seed` and the student's settings alone.
-
-    Args:
-        settings: Settings of the run.
-        accelerator: Lightning's flag.
-        curves: Loggers of the teachers and assistants that have to be trained; None for none.
+    The student's initial weights depend on `settings.seed` and the student's settings alone. `curves` are loggers of
+    the teachers and assistants that have to be trained.
 
     Raises:
         UserError: At the first setting that does not fit.
@@ -268,13 +264,8 @@ def build_student(
 ) -> BranchedStudent:
     """Builds the student, whose initial weights depend on the seed alone.
 
-    A network with a fixed input size gets images resized to it.
-
-    Args:
-        settings: Settings of the run.
-        dataset: The images, for classes, normalisation and size.
-        teachers: Teachers whose classifiers may be reused; used only with `student.reuse_classifier`. Without them
-            (None) the student keeps its own classifier, e.g. to measure its cost.
+    A network with a fixed input size gets images resized to it. With `student.reuse_classifier` the student fits the
+    classifiers of the teachers; without teachers (None) it keeps its own classifier, e.g. to measure its cost.
 
     Raises:
         UserError: If `student.reuse_classifier` is set and the teachers have no classifier to reuse.

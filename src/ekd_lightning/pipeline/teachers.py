@@ -47,10 +47,8 @@ def obtain_teachers(
 ) -> list[dict[str, Any]]:
     """Reads, downloads or trains the first `count` teachers of the pool and tests each.
 
-    Args:
-        settings: Settings; without `teachers.fill`, only the groups data and teachers matter.
-        directory: Directory for teachers.json, which global rank 0 writes.
-        on_start: Called once all checks have passed; nothing is written before.
+    Without `teachers.fill`, only the groups data and teachers of the settings matter. Global rank 0 writes
+    teachers.json into the directory. `on_start` is called once all checks have passed; nothing is written before.
 
     Returns:
         One record per teacher, see `score_teachers`.
@@ -100,13 +98,7 @@ def choose_teacher(settings: Settings, prepared: Prepared, device: torch.device 
     training subset, never of the test set. Published teachers were trained on its images, so their accuracies on it
     say which one fits best, not how well it generalises.
 
-    Args:
-        settings: Settings of the run.
-        prepared: Parts of the run, from `prepare`.
-        device: Device of the forward passes.
-
-    Returns:
-        `prepared` with one teacher and the method for it; unchanged if there is nothing to choose.
+    Returns `prepared` with one teacher and the method for it; unchanged if there is nothing to choose.
     """
     if not prepared.candidates:
         return prepared
@@ -159,9 +151,8 @@ def score_teachers(
 def keep_chain_cost(run: RunDirectory, teacher: TeacherIdentity) -> None:
     """Marks the assistants that the store lacked in an earlier part of a resumed run, so that their cost stays its own.
 
-    Args:
-        run: The run, with the teachers of the earlier part on record.
-        teacher: Identity of the last assistant, whose links are changed; of a teacher without a chain nothing is.
+    The links of `teacher`, the last assistant, are changed by the run's record of the earlier part; a teacher without a
+    chain is not.
     """
     recorded = [link for entry in run.provenance().get("teachers") or [] for link in entry.get("chain") or []]
     missing = {link["sha256"] for link in recorded if not link["found"]}
@@ -172,13 +163,7 @@ def keep_chain_cost(run: RunDirectory, teacher: TeacherIdentity) -> None:
 def describe_chain(
     settings: Settings, dataset: Dataset, teacher: TeacherIdentity, device: torch.device
 ) -> dict[str, Any]:
-    """Returns the fields of the result about the chain, with the test scores of each assistant.
-
-    Args:
-        settings: Settings of the run.
-        dataset: The data set, for its test images.
-        teacher: Identity of the last assistant, from `gather_teachers`.
-        device: Device of the forward passes.
+    """Returns the fields of the result about the chain of the last assistant, with test scores of each assistant.
 
     Returns:
         `chain`, one mapping per assistant, with test_accuracy in [0, 1] and test_nll in nats; `chain_seconds` and
@@ -204,15 +189,8 @@ def describe_chain(
 def fill_tables(settings: Settings, prepared: Prepared, device: torch.device) -> tuple[int, int]:
     """Computes missing rows of the tables: those of one run (`teachers.fill=run`), or of every view (`all`).
 
-    It may be stopped and started again: stored rows are not computed twice.
-
-    Args:
-        settings: Settings of the run; with `run`, epochs, batch size and seed determine the rows.
-        prepared: Parts of the run, from `prepare`, with tables.
-        device: Device of the teachers.
-
-    Returns:
-        Rows found and rows computed, counted per teacher.
+    It may be stopped and started again: stored rows are not computed twice. With `run`, epochs, batch size and seed
+    determine the rows. Returns the rows found and the rows computed, counted per teacher.
 
     Raises:
         UserError: If rows cannot be stored, e.g. because the disk is full.
