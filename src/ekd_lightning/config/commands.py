@@ -29,14 +29,11 @@ def typed_override(key: str, path: Path | str) -> str:
 
 
 def typed_resume(directory: Path, words: Iterable[str] = (), flags: Iterable[str] = ()) -> str:
-    """The command that continues a run or a sweep.
+    """The command that continues a run or a sweep in a directory.
 
-    Args:
-        directory: Directory of the run or sweep.
-        words: Overrides that it was started with; those that name code are repeated, as they are not read from records.
-        flags: `--config-dir` and the like that it was started with.
-
-    Words of Hydra in the present command that no record may hold, e.g. `hydra.searchpath=[...]`, are repeated, too.
+    Of the words that it was started with, those that name code are repeated, as they are not read from records, and so
+    are its flags (`--config-dir` and the like). Words of Hydra in the present command that no record may hold, e.g.
+    `hydra.searchpath=[...]`, are repeated, too.
     """
     hydra = (w for w in sys.argv[1:] if is_hydras(w) and not launches(w) and not is_under(key_of(w), OF_ONE_START))
     again = [*flags, typed_override("resume", directory), *filter(names_code, words), *hydra]
@@ -62,17 +59,10 @@ def report_command(places: Iterable[Path], folder: Path) -> str:
 
 
 def compare_command(methods: str, folder: Path | str, words: Iterable[str], *options: str) -> list[str]:
-    """The command that compares methods with the settings of a run.
+    """The command that compares methods with the settings of a run; empty if it has a setting that no study may have.
 
-    Args:
-        methods: Value of `--methods`.
-        folder: Folder of the study; it gets a number if it exists.
-        words: Overrides of the run; keys that a study varies are left out, and settings of the run's own method, which
-            would not be those of the other rows.
-        options: Further options.
-
-    Returns:
-        The command; empty if the run has a setting that no study may have.
+    Of the run's words, keys that a study varies are left out, and settings of the run's own method, which would not be
+    those of the other rows. The folder of the study gets a number if it exists.
     """
     words = list(words)
     if any(key_of(word) == "data.per_class" for word in words):

@@ -50,14 +50,7 @@ def register_schema() -> None:
 
 
 def compose_settings(*overrides: str) -> Settings:
-    """Composes settings as `ekd-train` would, for notebooks and scripts.
-
-    Args:
-        overrides: As on the command line, e.g. "method=kd_mean", "data.fraction=0.1".
-
-    Returns:
-        Typed settings, e.g. for `ekd_lightning.pipeline.run.run`.
-    """
+    """Composes typed settings as `ekd-train` would, for notebooks and scripts, e.g. from "data.fraction=0.1"."""
     register_schema()
     with initialize_config_module("ekd_lightning.conf", version_base="1.3"):
         return to_settings(compose("train", overrides=list(overrides)))
@@ -91,11 +84,9 @@ def _check_fields(settings: Any, prefix: str = "") -> None:
 
 
 def warn_without_effect(keys: Sequence[str], jobs: Iterable[Settings]) -> None:
-    """Warns of settings that the user gave and that have no effect in any of the jobs.
+    """Warns of settings that the user gave for all jobs (dotted keys) and that have no effect in any of them.
 
-    Args:
-        keys: Dotted keys of the settings that were given for all jobs.
-        jobs: The settings of each job; read only as far as needed.
+    The settings of the jobs are read only as far as needed.
     """
     lines: dict[str, str] | None = None
     for settings in jobs:
@@ -125,11 +116,7 @@ def write_config(plain: dict[str, Any], directory: Path) -> None:
 
 
 def read_config(directory: Path, key: str = "") -> dict[str, Any]:
-    """Reads a run's configuration, which `write_config` wrote.
-
-    Args:
-        directory: The run's directory.
-        key: Key that named the directory, for error messages: "resume=".
+    """Reads a run's configuration, which `write_config` wrote; `key` ("resume=") begins messages on the directory.
 
     Raises:
         UserError: If the directory holds no run, or the file is damaged.
@@ -145,10 +132,8 @@ def read_config(directory: Path, key: str = "") -> dict[str, Any]:
 def recorded_settings(run: RunDirectory, overrides: Sequence[str] = (), *, trust: bool = False) -> Settings:
     """The settings of a run on disk; imports the modules of its `imports` if the user names them or trusts the record.
 
-    Args:
-        run: The run.
-        overrides: `key=value` for new locations, e.g. `data.root=/data`, and for `imports`.
-        trust: Whether to import modules that only the record names.
+    `overrides` are `key=value` for new locations, e.g. `data.root=/data`, and for `imports`. With `trust`, modules that
+    only the record names are imported.
 
     Raises:
         UserError: If the directory holds no run, the file is damaged or of another version, a module cannot be found,
@@ -257,12 +242,9 @@ def build_callbacks(settings: Settings) -> list[Callback]:
 
 
 def build_callback(node: dict[str, Any], key: str, modules: Sequence[str] = ()) -> Callback:
-    """Builds a callback from a node with `_target_`; its class must be defined in an allowed module, not just imported.
+    """Builds a callback from a node with `_target_` and the class's arguments, which are plain values.
 
-    Args:
-        node: Plain mapping with `_target_` and the class's arguments, which are plain values.
-        key: Key of the node, for error messages.
-        modules: The user's modules, which are allowed besides `ALLOWED`.
+    Its class must be defined, not just imported, in one of the `ALLOWED` packages or of the user's modules.
 
     Raises:
         UserError: If `_target_` is missing, in another module or no callback, or if it refuses its arguments.

@@ -65,18 +65,11 @@ class ClaimDirectory(Callback):
 
 
 def claim_output(config: DictConfig, kind: str, claim: Callable[[Path], object] = lock_ahead) -> Path:
-    """Chooses the directory of a run or a sweep, the same for all processes of the job, and makes it.
+    """Chooses the directory of a run or a sweep (`kind`), absolute and the same for all processes of the job; makes it.
 
     A directory that is named after the time gets a number if it exists. A directory that the user named must not be in
-    use and must not hold a finished run, unless the run may be overwritten.
-
-    Args:
-        config: Composed configuration; its node `hydra` receives the directory.
-        kind: "run" or "sweep", for `hydra.run.dir` or `hydra.sweep.dir`.
-        claim: Called with the directory on global rank 0, before it is sent to the others; an error ends all ranks.
-
-    Returns:
-        The directory, absolute.
+    use and must not hold a finished run, unless the run may be overwritten. The node `hydra` of the configuration
+    receives it. `claim` is called with it on global rank 0, before it is sent to the others; an error ends all ranks.
 
     Raises:
         UserError: If the directory is in use or holds a finished run.
@@ -259,11 +252,7 @@ def ddp_reruns_this_job(directory: Path, program: str | None = None) -> Iterator
     """Makes Lightning start the other ranks with this job and its directory, not with the whole sweep.
 
     Lightning's script launcher repeats `sys.argv`, which in a multirun holds `-m` and all swept values. It also quotes
-    the directory without escaping quotes in it.
-
-    Args:
-        directory: The job's directory.
-        program: File that runs one job; None for that of this command.
+    the directory without escaping quotes in it. `program` is a file that runs one job; None for that of this command.
     """
     if started_by_others():
         yield
@@ -288,8 +277,7 @@ def ddp_reruns_this_job(directory: Path, program: str | None = None) -> Iterator
 class HeldLog(logging.handlers.MemoryHandler):
     """Handler for a job's log file, which keeps the lines in memory until `open_in` names the directory.
 
-    Args:
-        filename: Name of the file; parent folders are ignored.
+    Of the file's name, parent folders are ignored.
     """
 
     def __init__(self, filename: str) -> None:
@@ -307,9 +295,6 @@ class HeldLog(logging.handlers.MemoryHandler):
 
 class JobOutput:
     """Output of the current job.
-
-    Args:
-        cfg: The job's configuration.
 
     Attributes:
         directory: The job's directory, absolute.

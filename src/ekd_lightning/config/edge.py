@@ -53,11 +53,7 @@ def run_command(
 ) -> None:
     """Runs `body` with the arguments; a user's mistake exits as in `one_line`, a return value of False with code 1.
 
-    Args:
-        parser: The parser, from `make_parser`.
-        body: The command.
-        argv: Arguments without the command's name; None for those of the process.
-        level: Level of the log on standard error; None leaves logging unchanged.
+    Arguments of None are those of the process. A level of None leaves logging unchanged.
     """
     args = parser.parse_intermixed_args(argv)
     if level is not None:
@@ -69,11 +65,7 @@ def run_command(
 
 
 def check_options(args: argparse.Namespace, **allowed: Mapping[str, Any]) -> None:
-    """Refuses values of options outside their ranges; None, for an option that was not given, passes.
-
-    Args:
-        args: The parsed arguments.
-        **allowed: Metadata with the range by the option's name, e.g. `rounds=COUNT`.
+    """Refuses values of options outside their ranges, metadata by the option's name (`rounds=COUNT`); None passes.
 
     Raises:
         UserError: At the first such value.

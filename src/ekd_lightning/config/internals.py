@@ -28,11 +28,7 @@ from ekd_lightning.config.config import resolved
 
 @contextlib.contextmanager
 def initialized(config_dir: str | None) -> Iterator[None]:
-    """Initialises Hydra with the package's configuration and the user's, as `--config-dir` does for a command.
-
-    Args:
-        config_dir: Folder or address of the user's configuration files; None if there are none.
-    """
+    """Initialises Hydra with the package's configuration and the user's folder or address, as `--config-dir` does."""
     path = create_config_search_path("pkg://ekd_lightning.conf")
     if config_dir is not None:
         path.prepend("command-line", config_dir if "://" in config_dir else f"file://{config_dir}", "main")
@@ -86,11 +82,9 @@ def options_of(group: str) -> list[str]:
 
 
 def keys_set_by(config: str, section: str) -> set[str]:
-    """Keys of a section that a configuration file sets, itself or in a file of its defaults list.
+    """Keys of a section that a configuration file (`method/ekd`) sets, itself or in a file of its defaults list.
 
-    Args:
-        config: Name of the file, e.g. `method/ekd`; files of its defaults list are of the same group.
-        section: Section of the configuration, e.g. `student`.
+    Files of its defaults list are of the same group.
     """
     loader = GlobalHydra.instance().config_loader()
     loaded = loader.repository.load_config(config)  # type: ignore[attr-defined]
@@ -145,10 +139,7 @@ def with_absolute(word: str, keys: Collection[str]) -> str:
 
 
 def sweep_jobs(config: DictConfig) -> list[tuple[str, list[str]]] | None:
-    """The jobs that Hydra's own sweeper is going to start.
-
-    Args:
-        config: Composed configuration of the multirun, with the node `hydra`.
+    """The jobs that Hydra's own sweeper is going to start for a composed multirun.
 
     Returns:
         For each job its directory below the sweep's and its overrides; None for another sweeper, which chooses its
@@ -169,13 +160,7 @@ def sweep_jobs(config: DictConfig) -> list[tuple[str, list[str]]] | None:
 
 
 def job_config(config: DictConfig, overrides: Sequence[str], number: int) -> DictConfig:
-    """The configuration of a job of a multirun, as the launcher composes it; both with the node `hydra`.
-
-    Args:
-        config: Composed configuration of the multirun.
-        overrides: The job's overrides.
-        number: The job's number.
-    """
+    """The configuration of a job of a composed multirun, as the launcher composes it; both with the node `hydra`."""
     job = GlobalHydra.instance().config_loader().load_sweep_config(config, list(overrides))
     with open_dict(job):
         job.hydra.job.num = number
@@ -203,12 +188,9 @@ def composed_before() -> Iterator[None]:
 
 
 def launch(config: DictConfig, jobs: Sequence[Sequence[str]], task: TaskFunction) -> None:
-    """Runs jobs with the launcher of a configuration, all at once or `hydra.sweeper.max_batch_size` at a time.
+    """Runs jobs, each given by its overrides, with the launcher of a composed multirun.
 
-    Args:
-        config: Composed configuration of a multirun, with the node `hydra`.
-        jobs: The overrides of each job.
-        task: Runs one job.
+    All jobs run at once, or `hydra.sweeper.max_batch_size` at a time.
     """
     loader = GlobalHydra.instance().config_loader()
     context = HydraContext(config_loader=loader, callbacks=Callbacks(config))

@@ -22,12 +22,7 @@ _MERGING = "Error merging override "
 
 
 def line_of(error: BaseException, words: Sequence[str] | None = None) -> str | None:
-    """The line on a user's mistake; None for a bug.
-
-    Args:
-        error: The error.
-        words: The overrides; None for those of this process.
-    """
+    """The line on a user's mistake in some overrides, by default those of this process; None for a bug."""
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         return config_error(error)
     return _not_an_option(error, sys.argv[1:] if words is None else words) or _not_yaml(error) or users_line(error)
@@ -74,9 +69,7 @@ def _unknown_key(error: BaseException) -> str | None:
 def _wrong_value(error: BaseException, override: str) -> str | None:
     """Key, value, and what is allowed there, for a value of another type; None if the schema does not say it.
 
-    Args:
-        error: The error.
-        override: The override that holds the value; empty for one in a file.
+    `override` is the one that holds the value; empty for a value in a file.
     """
     if not isinstance(error, (WrongValueError, ConfigTypeError)):
         return None
@@ -100,10 +93,7 @@ def _wrong_value(error: BaseException, override: str) -> str | None:
 def _allowed(owner: Any, name: Any, hint: Any) -> str | None:
     """What the schema allows for a field of a dataclass, or in a list or mapping; None if it does not say it.
 
-    Args:
-        owner: Type of what holds the value.
-        name: Name of the field, or the value's position; None for the whole.
-        hint: The annotated type of what holds the value.
+    `owner` is the type of what holds the value, `hint` its annotated type; the name is None for the whole.
     """
     if isinstance(owner, type) and is_dataclass(owner):
         metadata = {one.name: one.metadata for one in fields(owner)}

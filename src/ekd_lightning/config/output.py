@@ -16,14 +16,7 @@ _ANY_WIDTH = 100_000  # of lines in a pipe or file, where nothing is folded
 def print_table(
     title: str, heads: Sequence[str], rows: Iterable[Sequence[RenderableType]], *, left: Collection[str] = ()
 ) -> None:
-    """Prints a table on standard output.
-
-    Args:
-        title: Title above the table.
-        heads: Names of the columns.
-        rows: Cells of each row.
-        left: Left-aligned columns, for texts; the others hold numbers.
-    """
+    """Prints a table on standard output; the columns in `left` hold texts, the others numbers."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for head in heads:
         table.add_column(head, justify="left" if head in left else "right", overflow="fold")

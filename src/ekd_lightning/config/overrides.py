@@ -92,8 +92,7 @@ def _quoted(text: str) -> str:
 def check_typed(words: Sequence[str]) -> None:
     """Refuses settings that are typed as options (`--fraction 0.1`) and texts that lack quotes.
 
-    Args:
-        words: Words of a command line without its own options.
+    The words are those of a command line without its own options.
 
     Raises:
         UserError: At the first such word, showing how it is typed.
@@ -146,10 +145,7 @@ def split_config_dir(argv: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def read_path(word: str) -> str | None:
-    """The path in an override `key=path`, read by Hydra's grammar.
-
-    Returns:
-        The path; None for null and for an empty value.
+    """The path in an override `key=path`, read by Hydra's grammar; None for null and for an empty value.
 
     Raises:
         UserError: If Hydra cannot read the value, or reads several.
@@ -210,13 +206,8 @@ def named_sweep(argv: Sequence[str]) -> Path | None:
 def expand_resume(argv: list[str]) -> list[str]:
     """Replaces `resume=DIR` by the overrides that the run in DIR was started with, and its directory.
 
-    Other overrides of the command line come after them, so they take precedence.
-
-    Args:
-        argv: Program name and command line.
-
-    Returns:
-        The command line to run; `argv` unchanged if it has no `resume=`.
+    Other overrides of the command line come after them, so they take precedence. A command line without `resume=` is
+    returned unchanged.
 
     Raises:
         UserError: If DIR is not a stopped run.
@@ -267,9 +258,7 @@ def names_place(word: str) -> bool:
 def computing(words: Iterable[str], is_free: Callable[[str], bool] = is_free) -> list[str]:
     """The overrides that affect the results, sorted; an override of a location is given by its key only.
 
-    Args:
-        words: Overrides.
-        is_free: Whether the setting of a key may change without changing the results.
+    `is_free` tells whether the setting of a key may change without changing the results.
     """
     kept = [word for word in words if not is_free(key_of(word))]
     return sorted(f"{key_of(word)}=" if names_place(word) else word for word in kept)
@@ -283,12 +272,8 @@ def may_be_given(word: str) -> bool:
 def check_place(resume: str, directory: Path) -> None:
     """Refuses a `resume` that `expand_resume` has not expanded, e.g. one in a configuration file.
 
-    Args:
-        resume: The run that `resume` names.
-        directory: The output directory of this job.
-
     Raises:
-        UserError: If they differ.
+        UserError: If the run that it names is not in the output directory of this job.
     """
     if Path(resume).resolve() != directory.resolve():
         raise UserError(
