@@ -25,11 +25,7 @@ _TRUNCATION = 1e-4
 class ImageDraws(Draws):
     """Random numbers for N images, each a pure function of (seed, name, severity, image index, call).
 
-    Args:
-        seed: Seed of the corrupted set.
-        name: The corruption's name.
-        severity: 1 .. 5.
-        index: int64 [N], positions in the whole image set, on the device of the numbers.
+    Name and severity are those of the corruption; `index`, int64 [N], are positions in the whole image set.
     """
 
     def __init__(self, seed: int, name: str, severity: int, index: Tensor) -> None:
@@ -61,16 +57,10 @@ def to_levels(images: Tensor) -> Tensor:
 
 
 def inside(place: Tensor, size: int, border: str) -> Tensor:
-    """Maps any positions along an axis into 0 .. size-1 by a border rule.
+    """Maps positions along an axis of length `size` >= 2, int64 of any shape, into 0 .. size-1 by a border rule.
 
-    Args:
-        place: int64, any shape.
-        size: Length of the axis, at least 2.
-        border: `nearest` (a a | a b c | c c), `reflect` (b a | a b c | c b) or `mirror` (c b | a b c | b a), named as
-            in SciPy; `mirror` is OpenCV's default, BORDER_REFLECT_101.
-
-    Returns:
-        int64, the shape of `place`.
+    Rules, named as in SciPy: `nearest` (a a | a b c | c c), `reflect` (b a | a b c | c b) and `mirror` (c b | a b c | b
+    a), OpenCV's default, BORDER_REFLECT_101.
 
     Raises:
         ValueError: For an unknown border rule.
@@ -108,11 +98,8 @@ def gaussian_weights(sigma: float, radius: int) -> Tensor:
 def gaussian_blur(images: Tensor, sigma: float, border: str = "nearest", truncate: float = 4.0) -> Tensor:
     """Blurs the last two axes like `scipy.ndimage.gaussian_filter` and scikit-image's `gaussian`.
 
-    Args:
-        images: [..., H, W].
-        sigma: Standard deviation in pixels, at least 0.
-        border: See `inside`.
-        truncate: Radius of the kernel in standard deviations.
+    The standard deviation `sigma` >= 0 is in pixels, the kernel's radius `truncate` in standard deviations; for the
+    border rule see `inside`.
     """
     radius = int(truncate * sigma + 0.5)
     if radius == 0:
@@ -129,16 +116,9 @@ def take(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def bilinear(images: Tensor, rows: Tensor, columns: Tensor, border: str) -> Tensor:
-    """Reads images between pixels by bilinear interpolation.
+    """Reads images [N, C, H, W] between pixels, at any positions, float [N, h, w], by bilinear interpolation.
 
-    Args:
-        images: [N, C, H, W].
-        rows: float [N, h, w], any positions; 0 is the middle of the first row.
-        columns: float [N, h, w], any positions; 0 is the middle of the first column.
-        border: See `inside`.
-
-    Returns:
-        [N, C, h, w].
+    Position 0 is the middle of the first row or column; for the border rule see `inside`. Returns [N, C, h, w].
     """
     H, W = images.shape[-2:]
     top, left = rows.floor(), columns.floor()
@@ -166,19 +146,11 @@ def zoomed(images: Tensor, factor: float) -> Tensor:
 
 
 def motion_blur(images: Tensor, radius: int, sigma: float, angle: Tensor) -> Tensor:
-    """Blurs each image in its own direction, like ImageMagick's `MotionBlurImage`.
+    """Blurs each image [N, C, H, W] in [0, 1] in its own direction, like ImageMagick's `MotionBlurImage`.
 
     The kernel is one half of a Gaussian with 2 radius + 1 taps, on the pixels nearest to a line that starts at each
-    pixel with the given angle; border pixels are repeated.
-
-    Args:
-        images: [N, C, H, W] in [0, 1].
-        radius: Radius in pixels.
-        sigma: Standard deviation in pixels.
-        angle: float64 [N], degrees; 0 points along the rows, 90 down.
-
-    Returns:
-        [N, C, H, W], rounded to multiples of 1/255, because ImageMagick returns integer levels.
+    pixel with the given angle, float64 [N] in degrees: 0 points along the rows, 90 down. Border pixels are repeated.
+    The result is rounded to multiples of 1/255, because ImageMagick returns integer levels.
     """
     H, W = images.shape[-2:]
     weights = np.exp(-0.5 * (np.arange(2 * radius + 1) / sigma) ** 2)
@@ -198,15 +170,9 @@ def motion_blur(images: Tensor, radius: int, sigma: float, angle: Tensor) -> Ten
 
 
 def plasma(draws: ImageDraws, size: int, decay: float) -> Tensor:
-    """Draws height maps by the diamond-square algorithm on a torus.
+    """Draws height maps, float32 [N, size, size] scaled to [0, 1], by the diamond-square algorithm on a torus.
 
-    Args:
-        draws: The images' random numbers.
-        size: Height and width, a power of two.
-        decay: Divisor of the random part each time the grid is halved.
-
-    Returns:
-        float32 [N, size, size], each map scaled to [0, 1].
+    The size is a power of two; each time the grid is halved, the random part is divided by `decay`.
     """
     first = draws.uniform(1)[:, :, None] * 0.0  # the corner starts at 0
     maps = first.repeat(1, size, size)
@@ -270,13 +236,8 @@ def _shifted(maps: Tensor, down: int, right: int, outside: float = 0.0) -> Tenso
 def edge_distance(edges: Tensor) -> Tensor:
     """Distance of each pixel to the nearest edge, at most 20, along steps of 1, 1.4 and 2.1969.
 
-    These are the steps of `cv2.distanceTransform` with a 5 × 5 mask (Borgefors 1986).
-
-    Args:
-        edges: bool [N, H, W].
-
-    Returns:
-        float32 [N, H, W].
+    These are the steps of `cv2.distanceTransform` with a 5 × 5 mask (Borgefors 1986). Maps edges, bool [N, H, W], to
+    float32 of this shape.
     """
     distance = torch.where(edges, 0.0, _FAR)
     while True:

@@ -147,10 +147,8 @@ def elastic_transform(images: Tensor, severity: int, draws: ImageDraws) -> Tenso
 def _sources(size: int, moves: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the source positions x and y, [N, S, S] each, of every pixel of the result of an affine map.
 
-    Args:
-        size: S.
-        moves: [N, 3, 2], displacement (x, y) of three corners of a square around the middle.
-        places: [S, S, 3], (x, y, 1) of each pixel.
+    `moves` [N, 3, 2] are the displacements (x, y) of three corners of a square around the middle, `places` [S, S, 3]
+    are (x, y, 1) of each pixel.
     """
     corners = size // 2 + size // 3 * torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]]).to(moves)
     moved = functional.pad(corners + moves, (0, 1), value=1.0)
@@ -207,11 +205,7 @@ def snow(images: Tensor, severity: int, draws: ImageDraws) -> Tensor:
 def frost(images: Tensor, severity: int, draws: ImageDraws, textures: Sequence[Tensor]) -> Tensor:
     """Mixes each image with a random piece of a photograph of frost.
 
-    Args:
-        images: float32 [N, 3, H, W] in [0, 1].
-        severity: 1 .. 5.
-        draws: The images' random numbers.
-        textures: The photographs, float32 [3, height, width] in [0, 1], larger than the images.
+    The photographs are float32 [3, height, width] in [0, 1], larger than the images.
     """
     keep, share = ((1.0, 0.2), (1.0, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45))[severity - 1]
     H, W = images.shape[-2:]

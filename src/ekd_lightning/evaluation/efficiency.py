@@ -26,15 +26,8 @@ def count_parameters(module: nn.Module) -> int:
 def count_macs(module: nn.Module, image_size: ImageSize = 32) -> int:
     """Counts the multiply-accumulates of convolutions and linear layers in the forward pass of one image.
 
-    Nothing is computed (meta device, on a copy in eval mode), unless the module's path depends on values, and the
-    module does not change.
-
-    Args:
-        module: Takes images [B, 3, H, W].
-        image_size: Side of a square image in pixels, or (height, width).
-
-    Returns:
-        Half of the floating-point operations that PyTorch's counter reports.
+    They are half of the floating-point operations that PyTorch's counter reports. Nothing is computed (meta device, on
+    a copy in eval mode), unless the module's path depends on values, and the module does not change.
     """
     counter, images = FlopCounterMode(display=False), torch.zeros(1, 3, *sides(image_size))
     with torch.no_grad():
@@ -68,10 +61,8 @@ class Latency:
 def measure_latency(module: nn.Module, images: Tensor, *, min_seconds: float = 1.0) -> Latency:
     """Times forward passes by `torch.utils.benchmark`, which synchronises with an accelerator.
 
-    Args:
-        module: The module, in eval mode on the images' device.
-        images: float32 [B, 3, H, W] in [0, 1].
-        min_seconds: Approximate duration of the measurement; longer if a pass takes more than a ninth of it.
+    The module is in eval mode on the device of the images, float32 [B, 3, H, W] in [0, 1]. The measurement takes about
+    `min_seconds`, longer if a pass takes more than a ninth of it.
     """
     benchmark = torch_benchmark()
     threads = torch.get_num_threads()
@@ -105,11 +96,7 @@ def peak_memory(module: nn.Module, images: Tensor) -> int:
 
     On CUDA, intermediates are the allocator's peak above its level before the pass, which includes the kernels' work
     space. On other devices they are the tensors that PyTorch's operations return, as long as they live; the work space
-    of kernels is not included.
-
-    Args:
-        module: The module, in eval mode on the images' device.
-        images: [B, 3, H, W].
+    of kernels is not included. The module is in eval mode on the device of the images [B, 3, H, W].
     """
     resident = _bytes([images, *module.parameters(), *module.buffers()])
     if images.is_cuda:

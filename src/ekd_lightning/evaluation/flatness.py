@@ -21,26 +21,19 @@ Weights = Mapping[str, Tensor]
 class DatasetLoss:
     """Mean cross-entropy of a network's output on fixed images, as a function of its parameters.
 
-    The network is copied and used in eval mode, so that batch norms keep their statistics. The output of a branched
-    student is that of its ensemble.
+    The network, which maps images in [0, 1] to logits, is copied and used in eval mode, so that batch norms keep their
+    statistics. The output of a branched student is that of its ensemble. Images are uint8 [N, 3, H, W], labels int64
+    [N].
 
     Attributes:
         weights: The network's parameters, detached.
         num_images: N.
+
+    Raises:
+        ValueError: Without images.
     """
 
     def __init__(self, network: nn.Module, images: Tensor, labels: Tensor, *, batch_size: int = 500) -> None:
-        """Copies the network.
-
-        Args:
-            network: Maps images [B, 3, H, W] in [0, 1] to logits; has at least one parameter.
-            images: uint8 [N, 3, H, W], N >= 1, on any device.
-            labels: int64 [N].
-            batch_size: Images per forward pass; affects memory and, by rounding only, results.
-
-        Raises:
-            ValueError: Without images.
-        """
         if len(images) == 0:
             raise ValueError("the loss needs at least one image, got none")
         self._network = copy.deepcopy(network).eval()
@@ -77,21 +70,12 @@ class DatasetLoss:
 
 
 def sharpness(loss: DatasetLoss, *, rho: float, adaptive: bool = False, gradient: Weights | None = None) -> float:
-    """Returns the rise of the loss after one step of a given length along the gradient.
+    """Returns the rise of the loss, in nats, after one step of length ρ > 0 along the gradient; 0 if the gradient is 0.
 
-    L(w + ε) - L(w) with ε = ρ g / ‖g‖ (Foret et al. 2021, arXiv 2010.01412), or adaptively ε = ρ w² g / ‖|w| g‖
-    (Kwon et al. 2021, arXiv 2102.11600), which is invariant to scaling a filter up and the following layer down.
-    Products are element-wise, norms are over all weights; as in https://github.com/davda54/sam, weights of batch norms
-    and biases are included.
-
-    Args:
-        loss: The loss, with its weights w.
-        rho: ρ > 0; usually 0.05, or 0.5 for the adaptive form.
-        adaptive: Whether to use the adaptive form.
-        gradient: The loss's gradient at w, if already known.
-
-    Returns:
-        The rise in nats; 0 if the gradient is 0.
+    L(w + ε) - L(w) with ε = ρ g / ‖g‖ (Foret et al. 2021, arXiv 2010.01412), or adaptively ε = ρ w² g / ‖|w| g‖ (Kwon
+    et al. 2021, arXiv 2102.11600), which is invariant to scaling a filter up and the following layer down. Products are
+    element-wise, norms are over all weights; as in https://github.com/davda54/sam, weights of batch norms and biases
+    are included. Usual lengths are 0.05, or 0.5 for the adaptive form. A known gradient at w can be given.
     """
     weights = loss.weights
     gradient = loss.gradient(weights) if gradient is None else gradient
@@ -109,12 +93,9 @@ def filter_normalized_direction(weights: Weights, seed: int) -> dict[str, Tensor
     """Draws a random direction whose filters have the norms of the weights' filters.
 
     Every filter (slice along the first axis) of standard normal numbers is scaled to the norm of the weights' filter.
-    The direction is 0 for biases and weights of batch norms, which have one axis (Li et al. 2018, arXiv 1712.09913,
-    and https://github.com/tomgoldstein/loss-landscape with `xignore=biasbn`).
-
-    Args:
-        weights: The weights, by name.
-        seed: Seed of the numbers, which are drawn on the CPU and therefore equal on every device.
+    The direction is 0 for biases and weights of batch norms, which have one axis (Li et al. 2018, arXiv 1712.09913, and
+    https://github.com/tomgoldstein/loss-landscape with `xignore=biasbn`). Numbers are drawn on the CPU and therefore
+    equal on every device.
     """
     generator = torch.Generator().manual_seed(seed)
     direction = {}
@@ -130,26 +111,16 @@ def filter_normalized_direction(weights: Weights, seed: int) -> dict[str, Tensor
 
 
 def curve_alphas(points: int) -> list[float]:
-    """Returns the values α of a curve, ascending: `points` at equal distances from -1 to 1, and ±0.25, ±0.5 and 0.
-
-    Args:
-        points: At least 2.
-    """
+    """Returns the values α of a curve, ascending: `points` >= 2 evenly from -1 to 1, and ±0.25, ±0.5 and 0."""
     even = [2 * place / (points - 1) - 1 for place in range(points)]
     named = [-0.5, -0.25, 0.0, 0.25, 0.5]
     return sorted([*named, *(a for a in even if min(abs(a - b) for b in named) > 1e-9)])
 
 
 def loss_curves(loss: DatasetLoss, alphas: Sequence[float], seeds: Sequence[int]) -> Tensor:
-    """Computes the loss at w + α d for its weights w and filter-normalised directions d.
+    """Computes the loss at w + α d for its weights w, A values of α, and D filter-normalised directions d.
 
-    Args:
-        loss: The loss, with its weights w.
-        alphas: A values of α.
-        seeds: D seeds, one for each direction.
-
-    Returns:
-        float64 [D, A], in nats.
+    Each seed gives a direction. Returns float64 [D, A], in nats.
     """
     weights = loss.weights
     middle = loss.value(weights)
@@ -165,10 +136,7 @@ def loss_curves(loss: DatasetLoss, alphas: Sequence[float], seeds: Sequence[int]
 def loss_rise(curves: Tensor, alphas: Sequence[float], distance: float) -> float:
     """Returns the rise of the loss from α = 0 to |α| = distance, averaged over directions and both signs.
 
-    Args:
-        curves: [D, A] from `loss_curves`.
-        alphas: The A values of α, which include ±distance and 0.
-        distance: Above 0.
+    The curves [D, A] are those of `loss_curves`; the alphas include ±distance and 0.
     """
     middle = alphas.index(0.0)
     sides = [alphas.index(-distance), alphas.index(distance)]

@@ -96,14 +96,11 @@ def corrupt(
 def read_frost(folder: Path) -> list[Tensor]:
     """Reads the frost photographs of hendrycks/robustness, reduced to a fifth of their size as in the source.
 
-    Args:
-        folder: The folder with `frost1.png`, `frost2.png`, `frost3.png`, `frost4.jpg` and `frost5.jpg`.
-
     Returns:
         Five tensors, float32 [3, height, width] in [0, 1]; an empty list if the folder does not exist.
 
     Raises:
-        UserError: If the folder exists, but a file is missing or damaged.
+        UserError: If the folder exists, but one of `FROST_FILES` is missing or damaged.
     """
     if not folder.is_dir():
         return []
@@ -128,27 +125,20 @@ def _read_photograph(path: Path) -> Tensor:
 class CorruptedSets:
     """The test images of one data set under several corruptions.
 
-    Each official file holds one corruption, in five blocks of the N test images from severity 1 to 5.
+    They are the official files in the data set's folder of `OFFICIAL_FOLDERS` below `root`, if that is there; each
+    holds one corruption, in five blocks of the N test images from severity 1 to 5. Otherwise `corrupt` makes them,
+    frost from the photographs in `FROST_FOLDER` below `root`. With `extra`, they include the four extra corruptions.
 
     Attributes:
         source: `official`, or `regenerated` by `corrupt`.
         names: The available corruptions, the 15 main ones first; without frost if it is regenerated and its
             photographs are missing.
+
+    Raises:
+        UserError: If a file is missing, damaged or belongs to other images.
     """
 
     def __init__(self, test: ImageSet, root: Path, *, extra: bool = False, seed: int = 0) -> None:
-        """Opens the official files of a data set, or prepares the corruption of its test images.
-
-        Args:
-            test: The clean test images.
-            root: Folder of the data sets, with the official folder `CIFAR-10-C` or `CIFAR-100-C`, or with the folder
-                `frost` of photographs for regenerated frost.
-            extra: Whether to include the four extra corruptions.
-            seed: Seed of regenerated images.
-
-        Raises:
-            UserError: If a file is missing, damaged or belongs to other images.
-        """
         self._test, self._seed = test, seed
         self.names: tuple[str, ...] = (*MAIN, *EXTRA) if extra else MAIN
         root = root.expanduser()
@@ -207,15 +197,9 @@ def score_corruptions(
     batch_size: int = 500,
     device: torch.device | str = "cpu",
 ) -> dict[str, dict[str, list[float]]]:
-    """Scores a network under every corruption at every severity.
+    """Scores a network, in eval mode on `device`, under every corruption at every severity.
 
-    Args:
-        network: Maps images [B, 3, H, W] in [0, 1] to logits; in eval mode, on `device`.
-        sets: The corrupted images.
-        test: The clean test images, for the labels.
-        index: int64 [n], positions of the test images to use.
-        batch_size: Images per forward pass.
-        device: The device to compute on.
+    `index`, int64 [n], are the positions of the test images to use; `test` has their labels.
 
     Returns:
         Corruption -> {`accuracy`, `nll`, `ece`: five numbers each, for severities 1 to 5}.

@@ -213,8 +213,7 @@ def score_logits(logits: Tensor, labels: Tensor) -> dict[str, Any]:
 def class_accuracy(confusion: np.ndarray) -> list[float | None]:
     """Returns the accuracy of each class, in [0, 1]; None for a class without images.
 
-    Args:
-        confusion: int [C, C], numbers of images by label (rows) and predicted class (columns).
+    The confusion, int [C, C], holds numbers of images by label (rows) and predicted class (columns).
     """
     totals = confusion.sum(1)
     return [

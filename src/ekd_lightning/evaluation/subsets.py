@@ -74,20 +74,11 @@ class EarlyExit(NamedTuple):
 def couple_branches(
     branch_logits: Tensor, branches: Sequence[int], ensemble: str, gate_weights: Tensor | None = None
 ) -> Tensor:
-    """Combines some branches as the whole student combines all of them.
+    """Combines branches of logits [K, N, C] as the whole student combines all of them, in float64 [N, C].
 
-    `mean_logits` and `mean_probs` take the mean over these branches. A gate's weights are rescaled to sum to 1 over
-    these branches, which equals the softmax of their scores in a student with these branches only; if all of them are
-    0, equal weights are used.
-
-    Args:
-        branch_logits: [K, N, C].
-        branches: Positions, 0 .. K-1, at least one.
-        ensemble: `mean_logits`, `mean_probs` or `gate`.
-        gate_weights: [N, K]; required for `gate`.
-
-    Returns:
-        float64 [N, C]: logits, or log-probabilities for `mean_probs`.
+    The result are logits, or log-probabilities for `mean_probs`. `mean_logits` and `mean_probs` take the mean over
+    these branches. A gate's weights, [N, K], are rescaled to sum to 1 over these branches, which equals the softmax of
+    their scores in a student with these branches only; if all of them are 0, equal weights are used.
 
     Raises:
         ValueError: For `gate` without `gate_weights`.
@@ -127,12 +118,7 @@ def score_subsets(
 ) -> list[SubsetScores]:
     """Scores the student with the branches of each subset of `branch_subsets`, without retraining.
 
-    Args:
-        branch_logits: [K, N, C], N >= 1.
-        labels: int64 [N].
-        costs: Costs of the student with 1, ..., K branches; see `costs_by_size`.
-        ensemble: How the branches are combined; see `couple_branches`.
-        gate_weights: [N, K], for `gate`.
+    Branch logits are [K, N, C], labels int64 [N]; for the costs see `costs_by_size`, for the others `couple_branches`.
     """
     found = []
     for branches in branch_subsets(len(branch_logits)):
@@ -154,20 +140,9 @@ def early_exit(
     """Scores the student if it evaluates the branches in order and stops when the ensemble so far is confident.
 
     After branch j, branches 0 .. j are combined as in `couple_branches`. An image stops at the first j whose largest
-    probability exceeds the threshold, and at the latest after all branches: threshold 1 never stops early, threshold 0
-    always stops after the first branch. The cost is that of a student with these branches, so the shared trunk counts
-    once.
-
-    Args:
-        branch_logits: [K, N, C], N >= 1.
-        labels: int64 [N].
-        costs: Costs of the student with 1, ..., K branches.
-        ensemble: How the branches are combined.
-        gate_weights: [N, K], for `gate`.
-        thresholds: Confidences in [0, 1].
-
-    Returns:
-        One result for each threshold.
+    probability exceeds the threshold in [0, 1], and at the latest after all branches: threshold 1 never stops early,
+    threshold 0 always stops after the first branch. The cost is that of a student with these branches, so the shared
+    trunk counts once. Arguments are those of `score_subsets`; there is one result for each threshold.
     """
     K = len(branch_logits)
     prefixes = [couple_branches(branch_logits, range(n), ensemble, gate_weights) for n in range(1, K + 1)]
