@@ -42,14 +42,11 @@ _DAMAGED = (OSError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, E
 
 
 def list_npz(path: Path) -> Listing:
-    """Lists the images of an .npz file.
+    """Lists the images of an .npz file, in which nothing is unpickled.
 
     It holds `x_train` and `y_train` (or `train_images` and `train_labels`), optionally the same for `test` and `val`;
-    or only `images` and `labels`; and optionally `class_names`. Images are uint8 [N, H, W], [N, H, W, channels] or
-    [N, channels, H, W]; labels are integers [N].
-
-    Args:
-        path: The file; nothing in it is unpickled.
+    or only `images` and `labels`; and optionally `class_names`. Images are uint8 [N, H, W], [N, H, W, channels] or [N,
+    channels, H, W]; labels are integers [N].
 
     Raises:
         UserError: If the file is missing or damaged, or its arrays have other names, shapes or types.
@@ -73,12 +70,7 @@ def list_npz(path: Path) -> Listing:
 
 
 def list_torchvision(name: str, root: Path, download: bool) -> Listing:
-    """Lists the images of a data set of torchvision, in its order.
-
-    Args:
-        name: Its name in `torchvision.datasets`.
-        root: The data set's folder.
-        download: Whether torchvision may download it.
+    """Lists the images of a data set of `torchvision.datasets`, in its order; if `download`, torchvision may fetch it.
 
     Raises:
         UserError: For an unknown name, a data set without classes, or one that is missing and cannot be downloaded.
@@ -108,12 +100,9 @@ def list_torchvision(name: str, root: Path, download: bool) -> Listing:
 def list_huggingface(name: str, root: Path, download: bool) -> Listing:
     """Lists the images of a Hugging Face data set, in its order; no code of its repository is run.
 
-    The first column of images and the first column of classes are used. Splits without classes are skipped.
-
-    Args:
-        name: USER/SET on the hub; for a folder written by `save_to_disk`, any name.
-        root: A folder written by `save_to_disk`, or the cache folder of the package `datasets`.
-        download: Whether the data set may be downloaded.
+    The first column of images and the first column of classes are used. Splits without classes are skipped. The root is
+    a folder written by `save_to_disk`, whatever the name, or the cache folder of the package `datasets` for USER/SET on
+    the hub.
 
     Raises:
         UserError: If `datasets` is missing or too old, the name is not USER/SET, or the data set has no images with

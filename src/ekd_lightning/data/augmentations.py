@@ -69,11 +69,7 @@ def register_augmentation(name: str) -> Callable[[AugmentationClass], Augmentati
 
 
 def build_augmentation(name: str, options: Mapping[str, Any]) -> tuple[Augmentation, str]:
-    """Builds an augmentation by name.
-
-    Args:
-        name: A registered name.
-        options: Its options; missing ones have their defaults.
+    """Builds an augmentation by name; options that are not given have their defaults.
 
     Returns:
         The augmentation, and a key of its name and all options.
@@ -94,16 +90,7 @@ def build_augmentation(name: str, options: Mapping[str, Any]) -> tuple[Augmentat
 
 
 def check_number(key: str, value: object, low: float, high: float = math.inf) -> float:
-    """Checks an option that must be a number.
-
-    Args:
-        key: `<augmentation>.<option>`, for the error.
-        value: The value to check; strings and booleans are refused.
-        low: The smallest allowed value.
-        high: The largest allowed value.
-
-    Returns:
-        The value as a float.
+    """Returns an option as a float; `key` is `<augmentation>.<option>`. Strings and booleans are refused.
 
     Raises:
         UserError: If it is not a finite number in [low, high].
@@ -133,17 +120,10 @@ def check_range(key: str, value: object, low: float, high: float = math.inf) -> 
 
 
 def rectangles(top: Tensor, left: Tensor, height: Tensor | int, width: Tensor | int, like: Tensor) -> Tensor:
-    """Marks one rectangle in each image.
+    """Marks one rectangle in each of the images [B, 3, H, W] of `like`: bool [B, 1, H, W], True inside.
 
-    Args:
-        top: int64 [B], first row; all edges may lie outside the image.
-        left: int64 [B], first column.
-        height: Number of rows, int64 [B] or one number for all images.
-        width: Number of columns, int64 [B] or one number for all images.
-        like: The images [B, 3, H, W].
-
-    Returns:
-        bool [B, 1, H, W], True inside the rectangle.
+    First row and column, and numbers of rows and columns, are int64 [B], the latter possibly one number for all images;
+    all edges may lie outside the image.
     """
     row = torch.arange(like.shape[2], device=like.device)
     column = torch.arange(like.shape[3], device=like.device)

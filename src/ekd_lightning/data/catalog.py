@@ -32,11 +32,8 @@ UNLABELLED_SHARE = 0.5
 def read_digits() -> Dataset:
     """Reads the digits as 3×32×32 images, 1,437 for training and 360 for testing.
 
-    The 8×8 scans (0 .. 16) are enlarged four times by bilinear interpolation and repeated for three channels.
-    The split is stratified and fixed.
-
-    Returns:
-        The data set "digits".
+    The 8×8 scans (0 .. 16) are enlarged four times by bilinear interpolation and repeated for three channels. The split
+    is stratified and fixed.
     """
     from sklearn.datasets import load_digits  # noqa: PLC0415  # takes seconds, and is not always needed
 
@@ -133,10 +130,7 @@ def open_dataset(data: DataSettings) -> Dataset:
 def open_unlabelled(data: DataSettings, dataset: Dataset, subset: Subset) -> Unlabelled | None:
     """Opens the unlabelled images of the settings; returns None if `data.unlabelled` is None.
 
-    Args:
-        data: The settings.
-        dataset: The data set; images of other sources are resized to its image size.
-        subset: The labelled training images and the validation images.
+    Images that do not belong to the data set are resized to its image size.
 
     Raises:
         UserError: If there are no such images, they cannot be read, or a folder contains test or validation images.

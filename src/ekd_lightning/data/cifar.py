@@ -122,14 +122,9 @@ class Found:
 
 
 def find_cifar(spec: CifarSpec, root: Path) -> Found | None:
-    """Looks for the data set, in the binary form first.
+    """Looks for the data set, in the binary form first; None if there is a folder of neither form.
 
-    Args:
-        spec: Published facts about it.
-        root: The folder that contains e.g. `cifar-10-batches-bin`, or that folder itself.
-
-    Returns:
-        The complete folder, or None if there is a folder of neither form.
+    The root contains e.g. `cifar-10-batches-bin`, or is that folder itself.
 
     Raises:
         UserError: If a folder lacks files, and no folder of the other form is complete.
@@ -151,14 +146,9 @@ def find_cifar(spec: CifarSpec, root: Path) -> Found | None:
 
 
 def read_cifar(spec: CifarSpec, root: Path) -> Dataset:
-    """Reads both splits; every file is compared with its published MD5 before it is parsed.
+    """Reads both splits; every file is compared with its published MD5 before it is parsed. See `find_cifar`.
 
-    Args:
-        spec: Published facts about the data set: `cifar_spec(name)`, or others in tests.
-        root: The folder that contains e.g. `cifar-10-batches-bin`, or that folder itself.
-
-    Returns:
-        The data set; CIFAR-100 with its 100 fine labels.
+    CIFAR-100 has its 100 fine labels.
 
     Raises:
         UserError: If the data set or some of its files are missing, a file is truncated or changed, or a pickle needs
@@ -274,14 +264,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def read_pickled_dict(data: bytes, path: Path) -> dict[str, Any]:
-    """Reads a pickled dict of plain values and arrays.
-
-    Args:
-        data: The file's bytes.
-        path: The file's path, for messages.
-
-    Returns:
-        The dict.
+    """Reads a pickled dict of plain values and arrays; the path is for messages.
 
     Raises:
         UserError: If the pickle needs globals other than those of NumPy arrays, is damaged, or is not a dict.

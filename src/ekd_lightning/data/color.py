@@ -154,18 +154,11 @@ NAMES = (*SIGNED, *UNSIGNED)
 
 
 def strength(name: str, magnitude: int, height: int, width: int) -> float:
-    """Returns the strength of an operation at a magnitude, as in torchvision's RandAugment.
+    """Returns the strength of an operation of `NAMES` at a magnitude, 0 .. 30, as in torchvision's RandAugment.
 
-    Args:
-        name: One of `NAMES`.
-        magnitude: 0 .. 30.
-        height: The image's height in pixels.
-        width: The image's width in pixels.
-
-    Returns:
-        For shears a tangent, for translations pixels, for rotations degrees, for factors their difference from 1 in
-        0 .. 0.9, for Posterize the number of kept bits, for Solarize the threshold as a share of white; 0 for
-        operations without a strength.
+    It is for shears a tangent, for translations pixels, for rotations degrees, for factors their difference from 1 in 0
+    .. 0.9, for Posterize the number of kept bits, for Solarize the threshold as a share of white; 0 for operations
+    without a strength.
     """
     if name == "Posterize":
         return float((8 - torch.arange(BINS) / ((BINS - 1) / 4)).round()[magnitude])

@@ -199,7 +199,7 @@ def _reason(error: Exception) -> str:
 def cached_images(
     folder: Path, key: Mapping[str, Any], build: Callable[[Path], dict[str, Any]]
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Returns the images of a key, and builds them if they are missing.
+    """Returns the images of a key from a folder, and builds them if they are missing.
 
     Args:
         folder: The folder of the cache; created if missing.

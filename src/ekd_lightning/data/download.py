@@ -37,18 +37,10 @@ class _SourceError(Exception):
 
 
 def obtain(name: str, root: Path, spec: CifarSpec | None = None) -> Path:
-    """Downloads a data set into a folder, unless it is there.
+    """Downloads a data set into a folder of `root`, unless it is there, and returns the folder.
 
     Every file is compared with its published MD5 before the complete folder gets its name. Concurrent processes
-    download it once, and a killed process leaves no folder of that name.
-
-    Args:
-        name: "cifar10" or "cifar100".
-        root: The parent folder of e.g. `cifar-10-batches-bin`; created if missing.
-        spec: Other published facts, for tests.
-
-    Returns:
-        The folder with the files, e.g. `root/cifar-10-batches-bin`.
+    download it once, and a killed process leaves no folder of that name. Tests give other published facts as `spec`.
 
     Raises:
         UserError: For an unknown name, an incomplete folder, a folder that cannot be written, or if all sources fail.

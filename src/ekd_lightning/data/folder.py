@@ -17,8 +17,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", 
 def list_folder(root: Path) -> Listing:
     """Lists the images of a folder in torchvision's order: by class name, then by path.
 
-    Args:
-        root: The folder. Hidden files and folders are left out; links are followed, but no folder is entered twice.
+    Hidden files and folders are left out; links are followed, but no folder is entered twice.
 
     Raises:
         UserError: If the folder does not exist, has no subfolders or no images, or another split has classes that

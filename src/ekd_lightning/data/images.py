@@ -87,11 +87,9 @@ class Unlabelled:
 
 
 class JoinedImages:
-    """Images of two sets under one index, the second set after the first; both may be memory-mapped.
+    """Images of two sets, uint8 [N, 3, H, W] and [U, 3, H, W], under one index, the second set after the first.
 
-    Args:
-        first: uint8 [N, 3, H, W].
-        second: uint8 [U, 3, H, W].
+    Both may be memory-mapped.
     """
 
     device = torch.device("cpu")

@@ -69,8 +69,7 @@ class Listing:
 def check_image_size(value: Any) -> tuple[int, int] | None:
     """Checks `data.image_size`: null, the side of a square in pixels, or [height, width].
 
-    Returns:
-        (height, width) in pixels; None for null.
+    Returns (height, width) in pixels; None for null.
 
     Raises:
         UserError: For any other value.
@@ -85,14 +84,9 @@ def check_image_size(value: Any) -> tuple[int, int] | None:
 
 
 def with_test_images(listing: Listing, share: float, seed: int) -> Listing:
-    """Sets test images aside if a listing has none: in every class, the first images by a hash of their names.
+    """Sets test images aside if a listing has none: in every class, the first images by a seeded hash of their names.
 
-    Most images therefore stay in their split when others are added.
-
-    Args:
-        listing: The listing; returned unchanged if it has test images.
-        share: Share of every class, rounded down, in (0, 1).
-        seed: Seed of the hash.
+    Most images therefore stay in their split when others are added. A share, in (0, 1), of every class is rounded down.
 
     Raises:
         UserError: If the share is out of range, or gives a class no test image.
@@ -123,17 +117,10 @@ def with_test_images(listing: Listing, share: float, seed: int) -> Listing:
 def read_listing(
     listing: Listing, name: str, *, image_size: tuple[int, int] | None, cache: Path, skip_broken: bool
 ) -> Dataset:
-    """Decodes the images of a listing, or reads them from the cache.
+    """Decodes the images of a listing with test images, or reads them memory-mapped from the cache folder.
 
-    Args:
-        listing: The images, with test images.
-        name: The data set's name.
-        image_size: Height and width in pixels; None for the size of the images, which must then be equal.
-        cache: The folder of decoded images.
-        skip_broken: Whether images that cannot be read are left out, with a warning.
-
-    Returns:
-        The data set, with images memory-mapped from disk.
+    An image size of None is that of the images, which must then be equal. With `skip_broken`, images that cannot be
+    read are left out, with a warning.
 
     Raises:
         UserError: For a single class, a class without images, images that cannot be read or differ in size.

@@ -85,12 +85,7 @@ class IndexBatch(NamedTuple):
 
 
 def check_batch_size(batch_size: int, num_images: int, world_size: int = 1) -> None:
-    """Checks that a global batch size fits the images and the processes.
-
-    Args:
-        batch_size: Images in a global batch.
-        num_images: Training images.
-        world_size: Number of processes.
+    """Checks that a global batch size fits the training images and the processes.
 
     Raises:
         UserError: If it is below 1, exceeds the images, or is not a multiple of the processes.
@@ -112,16 +107,9 @@ def check_batch_size(batch_size: int, num_images: int, world_size: int = 1) -> N
 def rows_of_batch(
     batch_size: int, num_labelled: int, unlabelled: Unlabelled | None = None, world_size: int = 1
 ) -> list[int]:
-    """Splits a global batch into labelled and unlabelled rows.
+    """Splits a global batch into labelled rows and, with unlabelled images, unlabelled ones: the numbers of rows.
 
-    Args:
-        batch_size: Images in a global batch.
-        num_labelled: Number of labelled training images.
-        unlabelled: The unlabelled images, whose rows are `share` of the batch, rounded half up; None without any.
-        world_size: Number of processes.
-
-    Returns:
-        The number of labelled rows and, with unlabelled images, the number of unlabelled rows.
+    Unlabelled rows are `share` of the batch, rounded half up.
 
     Raises:
         UserError: If the batch does not fit the images or the processes, or one of the two numbers is 0.

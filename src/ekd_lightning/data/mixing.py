@@ -100,32 +100,15 @@ def _edges(unit: float, side: float, size: int) -> tuple[int, int]:
 
 
 def mix_labels(labels: Tensor, partner_labels: Tensor, num_classes: int, share: float) -> Tensor:
-    """Returns λ y + (1-λ) y' of one-hot labels.
-
-    Args:
-        labels: int64 [B].
-        partner_labels: int64 [B].
-        num_classes: C.
-        share: λ in [0, 1].
-
-    Returns:
-        float32 [B, C].
-    """
+    """Returns λ y + (1-λ) y' of one-hot labels, float32 [B, C], for labels int64 [B] and λ = `share` in [0, 1]."""
     own, partner = (functional.one_hot(y, num_classes).float() for y in (labels, partner_labels))
     return share * own + (1 - share) * partner
 
 
 def mix_images(images: Tensor, partners: Tensor, share: float, box: Box | None) -> Tensor:
-    """Mixes each image with its partner.
+    """Mixes each image with its partner, both float32 [B, 3, H, W].
 
-    Args:
-        images: float32 [B, 3, H, W].
-        partners: The same shape.
-        share: λ in [0, 1]; not used for CutMix, where the box determines the shares.
-        box: See `Mix`.
-
-    Returns:
-        float32 [B, 3, H, W].
+    The share λ in [0, 1] is not used for CutMix, where the box determines the shares; see `Mix`.
     """
     if box is None:
         return share * images + (1 - share) * partners

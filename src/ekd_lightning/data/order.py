@@ -28,11 +28,7 @@ STREAM_PARTNER = 8  # 7 is taken by training.trainer
 def splitmix64(x: Tensor) -> Tensor:
     """Returns one output of splitmix64 (Steele, Lea, Flood 2014) per state, on the tensor's device; a bijection.
 
-    Args:
-        x: int64, any shape; its 64 bits are taken as unsigned, since torch supports few operations in uint64.
-
-    Returns:
-        int64 of the same shape; its 64 bits are the output.
+    The 64 bits of each int64 are taken as unsigned, since torch supports few operations in uint64.
     """
     x = x + _signed(0x9E3779B97F4A7C15)
     x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
@@ -87,17 +83,10 @@ class Draws:
 
 
 def hash_uniform_u64(stream: int, seed: int, epoch: int, index: NDArray[Any]) -> UInt64Array:
-    """Hashes each index to a uniform 64-bit number.
+    """Hashes each index [N] to a uniform 64-bit number; different indices give different numbers.
 
-    Args:
-        stream: One of the `STREAM_...` numbers, which separate purposes.
-        seed: Any integer; taken modulo 2^64.
-        epoch: Any integer; taken modulo 2^64.
-        index: Integers [N].
-
-    Returns:
-        uint64 [N]: sm(sm(sm(sm(stream) ^ seed) ^ epoch) ^ index), where sm is splitmix64. Different indices give
-        different numbers.
+    They are sm(sm(sm(sm(stream) ^ seed) ^ epoch) ^ index), where sm is splitmix64. The stream is one of the
+    `STREAM_...` numbers, which separate purposes; seed and epoch are taken modulo 2^64.
     """
     key = torch.zeros((), dtype=torch.int64)
     for part in (stream, seed, epoch):
@@ -106,16 +95,9 @@ def hash_uniform_u64(stream: int, seed: int, epoch: int, index: NDArray[Any]) ->
 
 
 def epoch_order(seed: int, epoch: int, index: Tensor) -> Tensor:
-    """Returns the order of the images in an epoch.
+    """Returns the images int64 [N], positions in the whole training set, in the order of an epoch, counted from 0.
 
-    Args:
-        seed: The run's seed.
-        epoch: Counted from 0.
-        index: int64 [N], positions in the whole training set.
-
-    Returns:
-        int64 [N], the positions in the order of their hashes. The relative order of two images does not depend on the
-        other images.
+    It is the order of their hashes: the relative order of two images does not depend on the other images.
     """
     values = np.sort(index.cpu().numpy())
     order = np.argsort(hash_uniform_u64(STREAM_ORDER, seed, epoch, values), kind="stable")
@@ -123,16 +105,6 @@ def epoch_order(seed: int, epoch: int, index: Tensor) -> Tensor:
 
 
 def epoch_views(seed: int, epoch: int, index: Tensor, num_views: int) -> Tensor:
-    """Returns the view of each image in an epoch.
-
-    Args:
-        seed: The run's seed.
-        epoch: Counted from 0.
-        index: int64 [N], positions in the whole training set.
-        num_views: V, 1 .. 2^31.
-
-    Returns:
-        int64 [N], uniform in 0 .. V-1.
-    """
+    """Returns the view of each image int64 [N] in an epoch, uniform in 0 .. V-1 with V in 1 .. 2^31."""
     high = hash_uniform_u64(STREAM_VIEW, seed, epoch, index.cpu().numpy()) >> np.uint64(32)
     return torch.from_numpy(((high * np.uint64(num_views)) >> np.uint64(32)).astype(np.int64))

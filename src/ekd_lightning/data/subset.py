@@ -41,12 +41,7 @@ class Subset:
 def take_evenly(count: int, share: Fraction) -> NDArray[np.bool_]:
     """Marks floor(count * share) of count positions, evenly spread; a larger count only adds marks.
 
-    Args:
-        count: Number of positions.
-        share: 0 .. 1.
-
-    Returns:
-        bool [count]; position j is marked iff floor((j+1) share) > floor(j share).
+    Position j is marked iff floor((j+1) share) > floor(j share). Returns bool [count].
     """
     edges = np.array([j * share.numerator // share.denominator for j in range(count + 1)], dtype=np.int64)
     return np.diff(edges) > 0
@@ -117,10 +112,7 @@ def choose_subset(
 
 
 def left_out(num_images: int, val_index: Tensor | None, subset: Subset) -> Tensor:
-    """Returns the positions of training images that are neither in the subset nor validation images.
-
-    Returns:
-        int64 [U], ascending.
+    """Returns the training images that are neither in the subset nor validation images: int64 [U], ascending.
 
     Raises:
         UserError: If there are none.

@@ -35,12 +35,8 @@ def transform_names() -> list[str]:
 class Transform:
     """A transform of torchvision, applied image by image on the CPU; results are moved to the images' device.
 
-    Args:
-        name: The name of its class.
-        options: Keyword arguments of the class.
-
     Raises:
-        UserError: If the class refuses the options.
+        UserError: If its class refuses the options.
     """
 
     captures = False  # see `data.augmentations.Augmentation`

@@ -21,14 +21,7 @@ POOL_SIZE = 64
 
 
 def to_unit(levels: Tensor) -> Tensor:
-    """Converts pixel values k to k / 255, correctly rounded and therefore equal on every device.
-
-    Args:
-        levels: uint8, any shape.
-
-    Returns:
-        float32 of the same shape in [0, 1], on the same device.
-    """
+    """Converts pixel values k, uint8, to float32 k / 255, correctly rounded and therefore equal on every device."""
     if levels.device.type == "cpu":
         return levels.float().div_(255)
     # CUDA replaces a division by a constant by a multiplication with its reciprocal, which rounds differently.
@@ -163,11 +156,7 @@ class Pool:
 class OwnPlaces:
     """A family for images of two sets under one index, in which each image has the index of its own set.
 
-    Views and teacher outputs therefore do not depend on the size of the other set.
-
-    Args:
-        family: The family.
-        first: Number of images in the first set; the images of the second set follow.
+    Views and teacher outputs therefore do not depend on the size of the other set. The first set has `first` images.
     """
 
     def __init__(self, family: ViewFamily, first: int) -> None:
