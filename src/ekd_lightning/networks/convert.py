@@ -81,17 +81,9 @@ KEY_MAPS |= {
 
 
 def load_foreign(path: str | Path, spec: NetworkSpec, key_map: str) -> StagedNetwork:
-    """Builds a network with the weights of a foreign checkpoint, which must fit exactly.
+    """Builds a network, on the CPU in eval mode, with the weights of a foreign checkpoint, which must fit exactly.
 
-    No code in the file is executed, and the global random generator is not advanced.
-
-    Args:
-        path: the checkpoint.
-        spec: the network of the checkpoint.
-        key_map: a name in `KEY_MAPS`.
-
-    Returns:
-        The network on the CPU, in eval mode.
+    No code in the file is executed, and the global random generator is not advanced. `key_map` is a name in `KEY_MAPS`.
 
     Raises:
         UserError: when the file cannot be read safely (see `weights.read_foreign_checkpoint`), or does not fit: for

@@ -151,10 +151,9 @@ _DROPOUTS: dict[Any, type[nn.Dropout] | type[nn.Dropout2d] | type[nn.AlphaDropou
 
 
 def _with_dropout(module: nn.Module, graph: fx.Graph) -> nn.Module:
-    """Replaces functional dropout by modules in the graph; traced in eval mode, it would be off in training too.
+    """Returns a shallow copy of a module, with functional dropout replaced by modules in the graph and in the copy.
 
-    Returns:
-        A shallow copy of the module with the dropout modules added; the module itself does not change.
+    Traced in eval mode, functional dropout would be off in training too.
     """
     extended = copy.copy(module)
     extended._modules = dict(module._modules)
@@ -300,12 +299,10 @@ def unknown_classes(head: nn.Module) -> frozenset[int]:
 
 
 def select_classes(head: nn.Linear, classes: list[int]) -> nn.Linear:
-    """Returns a new head that predicts only some classes of a head.
+    """Returns a new head that predicts only some classes of a linear head [D -> C].
 
-    Args:
-        head: A linear classifier [D -> C].
-        classes: Positions of the classes in 0 .. C-1, in the new order; `ABSENT` for a class that the head does not
-            know, whose logit is then `UNKNOWN_LOGIT`.
+    `classes` are their positions in 0 .. C-1, in the new order, or `ABSENT` for a class that the head does not know,
+    whose logit is then `UNKNOWN_LOGIT`.
     """
     index = torch.tensor(classes, device=head.weight.device)
     bias = torch.zeros(head.out_features) if head.bias is None else head.bias

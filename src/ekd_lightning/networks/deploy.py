@@ -97,12 +97,10 @@ class DeployedStudent(nn.Module):
 
 
 def to_bytes(student: DeployedStudent, metadata: Mapping[str, Any], file_format: str) -> bytes:
-    """Returns the content of a file for `load_deployed`.
+    """Returns the content of a file for `load_deployed`, in one of the formats of `SUFFIXES`.
 
-    Args:
-        student: The student, on the CPU.
-        metadata: JSON-able values, including `class_names` and `image_size`; the student's spec is added.
-        file_format: One of the keys of `SUFFIXES`.
+    The student is on the CPU. The metadata are JSON-able and include `class_names` and `image_size`; the student's spec
+    is added.
 
     Raises:
         UserError: If a package that the format needs is not installed, or the student cannot be exported.
@@ -177,16 +175,13 @@ def quantize_onnx(model: bytes, batches: Iterable[np.ndarray], metadata: dict[st
 
     Convolutions and additions get int8 weights per output channel (symmetric) and uint8 activations, as pairs of
     QuantizeLinear and DequantizeLinear. Weights use 7 bits, because 8 bits saturate on processors without VNNI, and the
-    accuracy would depend on the machine. The first convolution and the heads stay in float32: they are cheap and
-    matter most for the accuracy.
+    accuracy would depend on the machine. The first convolution and the heads stay in float32: they are cheap and matter
+    most for the accuracy.
 
     Args:
         model: Content of an ONNX file from `to_bytes`, with batch norms folded.
         batches: float32 [B, 3, H, W] in [0, 1], for the minima and maxima of the activations.
         metadata: The file's metadata, from `pack_metadata`.
-
-    Returns:
-        The content of an ONNX file.
 
     Raises:
         UserError: If onnx or onnxruntime is not installed.

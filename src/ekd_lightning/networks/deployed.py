@@ -50,14 +50,7 @@ class DeployedModel:
         file_format: str,
         module: nn.Module | None = None,
     ) -> None:
-        """Wraps a function that computes logits.
-
-        Args:
-            run: Maps float32 images [B, 3, H, W] to logits [B, C].
-            metadata: The file's metadata.
-            file_format: The file's format.
-            module: The module that `run` calls, if any.
-        """
+        """Wraps a function from float32 images [B, 3, H, W] to logits [B, C], and the module that it calls, if any."""
         self._run, self.metadata, self.format, self.module = run, dict(metadata), file_format, module
 
     @property
@@ -271,11 +264,7 @@ _TARGETS = re.compile(r"torch\.ops\.aten\.(?!from_file)\w+\.\w+|_operator\.\w+|t
 
 
 def check_archive(content: bytes, path: Path) -> None:
-    """Checks that a torch.export archive is intact and runs no code when it is opened.
-
-    Args:
-        content: The file's content.
-        path: The file's name, for the error.
+    """Checks that the content of a torch.export archive is intact and runs no code when it is opened.
 
     Raises:
         UserError: If it is damaged, or opening it would run code.

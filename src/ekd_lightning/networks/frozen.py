@@ -110,11 +110,7 @@ class FrozenNetwork(_Frozen):
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Returns logits [B, C], pooled features [B, D] and the outputs of `stage_names`, all in float32.
-
-        Args:
-            images: [B, 3, H, W] in [0, 1], not normalised.
-        """
+        """Maps images [B, 3, H, W] in [0, 1] to logits [B, C], pooled features [B, D] and `stage_names`, in float32."""
         maps = self._normalized(images)
         wanted = []
         for name, stage in self.stages.items():

@@ -51,12 +51,9 @@ def _only_student(folder: Path) -> Path | None:
 
 
 def fetch(repository: str, file: str, revision: str | None = None) -> Path:
-    """Fetches one file of a repository on the hub, or finds it in the hub's cache.
+    """Fetches one file of the repository USER/REPO on the hub, or finds it in the hub's cache.
 
-    Args:
-        repository: USER/REPO.
-        file: The file's name in the repository.
-        revision: Branch, tag or commit; None for the main branch.
+    A revision is a branch, tag or commit; None stands for the main branch.
 
     Raises:
         UserError: If huggingface_hub is not installed, or the hub, the repository or the file cannot be reached.

@@ -71,10 +71,9 @@ class LibraryWeights:
 
 
 def from_hub(repository: str) -> LibraryWeights:
-    """Fetches the config.json and model.safetensors of a timm network from the Hugging Face hub, and no other file.
+    """Fetches the config.json and model.safetensors of a timm network from USER/REPO on the Hugging Face hub.
 
-    Args:
-        repository: USER/REPO, or the folder of a copy.
+    No other file is fetched. The folder of a copy may be given instead.
 
     Raises:
         UserError: If a package is missing, the hub or the repository cannot be reached, one of the files is missing, or
@@ -124,12 +123,9 @@ def usual(name: str) -> Published | None:
 def make_module(name: str, num_classes: int, options: Mapping[str, Any], pretrained: bool = False) -> nn.Module:
     """Builds a module of a library, initialised by the library.
 
-    Args:
-        name: `timm:NAME`, `torchvision:NAME` or `module:PACKAGE.FUNCTION`.
-        num_classes: C; not passed to functions of the user.
-        options: Keyword arguments of the library's builder.
-        pretrained: Whether it gets the weights that the library publishes, which are fetched if necessary;
-            `num_classes` then has no effect.
+    Options are keyword arguments of its builder; functions of the user do not get the number of classes. If
+    `pretrained`, it has the weights that the library publishes, which are fetched if necessary, with their number of
+    classes.
 
     Raises:
         UserError: For an unknown name or option, a library that is not installed, or weights that cannot be fetched.
@@ -257,12 +253,9 @@ def _filled(spec: NetworkSpec, weights: Path | None, state_key: str | None) -> n
 
 
 def weight_classes(spec: NetworkSpec, weights: Path | None, state_key: str | None = None) -> int:
-    """Returns the number of classes of trained weights, before they are loaded into a network.
+    """Returns the number of classes of trained weights, before they are loaded; see `load_library_network`.
 
-    Args:
-        spec: The network's spec; its number of classes is used for a network without layers.
-        weights: A file; None for the weights that the library publishes.
-        state_key: Key of the weights in a checkpoint; None tries the usual keys.
+    That of the spec is returned for a network without layers.
 
     Raises:
         UserError: As `load_library_network`.
@@ -287,11 +280,8 @@ def _classes_in(spec: NetworkSpec, state: Mapping[str, Tensor]) -> int:
 def positions(spec: NetworkSpec, classes: Sequence[int | str], class_names: Sequence[str], predicted: int) -> list[int]:
     """Returns the position of each class of the data among the classes of the weights; `ABSENT` if they lack it.
 
-    Args:
-        spec: The network's spec, with the data's number of classes.
-        classes: The user's setting: positions, or the names of all classes of the weights, in their order.
-        class_names: Names of the data's classes.
-        predicted: Number of classes of the weights.
+    `classes` is the user's setting: positions, or the names of all classes of the weights, in their order. The weights
+    predict `predicted` classes, and the spec has the data's number of classes.
 
     Raises:
         UserError: For a wrong number of positions or names, a position out of range, or if no name is one of the

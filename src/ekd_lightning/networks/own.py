@@ -73,12 +73,9 @@ def unknown_to(network: StagedNetwork, num_classes: int) -> frozenset[int]:
 
 
 def check_outputs(network: StagedNetwork | BranchedStudent, image_size: ImageSize, where: str = "") -> None:
-    """Tries a network on two black images, in eval mode; it does not change.
+    """Tries a network, or branch 0 of a student, on two black images, in eval mode; it does not change.
 
-    Args:
-        network: The network, or a student, whose branch 0 is tried.
-        image_size: Height and width of the images in pixels.
-        where: The setting that names the network, for the message.
+    `where` is the setting that names the network, for the message.
 
     Raises:
         UserError: If it fails, or does not return floating-point logits [2, C].

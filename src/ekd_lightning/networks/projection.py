@@ -21,9 +21,8 @@ _FACTOR = 2  # the teacher's feature width over that of the bottleneck
 class Projector(nn.Sequential):
     """1×1, 3×3 and 1×1 convolutions, each with batch norm and ReLU: Chen et al., CVPR 2022, section 3.3 and their code.
 
-    Args:
-        channels: Number of channels of the student's last stage.
-        width: D of the teacher's features, at least 2; the bottleneck has D / 2 channels.
+    They map the channels of the student's last stage to the width D >= 2 of the teacher's features; the bottleneck has
+    D / 2 channels.
     """
 
     def __init__(self, channels: int, width: int) -> None:
@@ -37,11 +36,9 @@ class Projector(nn.Sequential):
 
 
 def project(network: StagedNetwork, width: int) -> StagedNetwork:
-    """Adds a projector after a network's last stage, and replaces neck and head to fit a teacher's classifier.
+    """Adds a projector after a network's last stage, and replaces neck and head to fit a classifier of D features.
 
-    Args:
-        network: The network; its stages are reused with their weights.
-        width: D of the teacher's features.
+    The network's stages are reused with their weights.
 
     Returns:
         The network with the further stage `projector`, global pooling, and a frozen linear classifier [D -> C], which
@@ -64,15 +61,9 @@ def project(network: StagedNetwork, width: int) -> StagedNetwork:
 
 
 def classifier_width(teachers: Sequence[StagedNetwork], names: Sequence[str], num_classes: int) -> int:
-    """Checks that one student can reuse the classifiers of all teachers.
+    """Checks that one student can reuse the classifiers of all teachers; returns D, the width of their features.
 
-    Args:
-        teachers: M networks, at least one, with any weights; they are set to eval mode.
-        names: The teachers' names in messages.
-        num_classes: C of the data.
-
-    Returns:
-        D, the width of their features.
+    The teachers may have any weights and are set to eval mode; there is at least one.
 
     Raises:
         UserError: If the widths differ, or a teacher's logits are not a linear function, with a bias, of its last
@@ -109,13 +100,9 @@ def _check_classifier(teacher: StagedNetwork, name: str, num_classes: int) -> No
 
 
 def own_teachers(assignment_KM: Tensor) -> list[int]:
-    """Returns the teacher of each branch, for an assignment that gives each branch one teacher.
+    """Returns the teacher of each branch, for an assignment [K, M] that gives each branch one teacher.
 
-    Args:
-        assignment_KM: [K, M], rows summing to 1; the mean over the steps if the assignment changes.
-
-    Returns:
-        K positions of teachers.
+    If the assignment changes, it is the mean over the steps.
 
     Raises:
         UserError: If a branch has several teachers.
@@ -130,15 +117,10 @@ def own_teachers(assignment_KM: Tensor) -> list[int]:
 
 
 def reuse_classifiers(branches: Iterable[nn.Module], teachers: Sequence[StagedNetwork], assignment_KM: Tensor) -> None:
-    """Gives every branch of a projected student the classifier of its own teacher.
-
-    Args:
-        branches: The K branches of a student whose spec has a projection.
-        teachers: M networks whose features have the width of the projection.
-        assignment_KM: [K, M] with one 1 in each row.
+    """Gives every branch of a projected student the classifier of its own teacher, whose features fit the projection.
 
     Raises:
-        UserError: If a branch has several teachers.
+        UserError: If the assignment [K, M] gives a branch several teachers.
     """
     for branch, m in zip(branches, own_teachers(assignment_KM), strict=True):
         head = branch.get_submodule("head")

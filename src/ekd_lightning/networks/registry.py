@@ -133,10 +133,8 @@ STAGE_WIDTHS = "stage_widths"
 def thinned(spec: NetworkSpec, split_after: str, factor: float) -> NetworkSpec:
     """Returns the spec of a network with narrower (or wider) late stages, for the branches of a student.
 
-    Args:
-        spec: The network's spec.
-        split_after: The last stage that keeps its width; any name that is not a stage's changes all stages.
-        factor: Factor of the channels of the later stages, above 0.
+    The channels of the stages after `split_after`, or of all stages if it names none, are multiplied by a factor above
+    0.
 
     Raises:
         UserError: For a network without the option `stage_widths`, or without a stage after `split_after`.
@@ -157,16 +155,10 @@ def thinned(spec: NetworkSpec, split_after: str, factor: float) -> NetworkSpec:
 
 
 def require(possible: bool, spec: NetworkSpec, option: str, allowed: str) -> None:
-    """Raises an error for an option's value that a network does not allow.
-
-    Args:
-        possible: whether the value is allowed.
-        spec: the spec with the value.
-        option: the option's name.
-        allowed: the allowed values, in words.
+    """Refuses an option's value that a network does not allow.
 
     Raises:
-        UserError: when `possible` is False.
+        UserError: when `possible` is False, naming the option, its value in the spec and, in words, what is allowed.
     """
     if not possible:
         raise UserError(f"network {spec.name!r}: option {option}={spec.options.get(option)!r} (allowed: {allowed})")

@@ -55,12 +55,7 @@ class TeacherOutput(NamedTuple):
 
     @classmethod
     def of(cls, outputs: Sequence[NetworkOutput], stages: Sequence[str]) -> TeacherOutput:
-        """Joins the outputs of M networks, restricted to some stages; names with a grid are averaged here.
-
-        Args:
-            outputs: one for each of the M networks.
-            stages: names of stages, or `last`, with or without a grid (`on_grid`).
-        """
+        """Joins the outputs of M networks, restricted to some stages; names with a grid (`on_grid`) are averaged."""
 
         def output_of(name: str, outputs: Mapping[str, Tensor]) -> Tensor:
             stage, grid = stage_and_grid(name)
@@ -173,11 +168,9 @@ def average_pool(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def shape_at(shapes: Mapping[str, tuple[int, int, int]], name: str) -> tuple[int, int, int]:
-    """Returns the shape (channels, height, width) of a stage's output, averaged if its name has a grid.
+    """Returns the shape (channels, height, width) of a stage's output, averaged if its name has a grid (`on_grid`).
 
-    Args:
-        shapes: shapes of the stages' outputs, by the stages' own names.
-        name: a stage's name or `last`, with or without a grid (`on_grid`).
+    The shapes are given by the stages' own names; the name may be `last`.
     """
     stage, grid = stage_and_grid(name)
     shape = shapes[own_stage(stage, shapes)]

@@ -102,11 +102,7 @@ def read_spec(path: str | Path) -> NetworkSpec:
 
 
 def state_sha256(network: StagedNetwork | BranchedStudent) -> str:
-    """Hashes a network's spec and weights; the hash does not depend on file, device or memory format.
-
-    Returns:
-        64 hexadecimal digits.
-    """
+    """Hashes a network's spec and weights to 64 hexadecimal digits, whatever its file, device or memory format."""
     digest = hashlib.sha256(json.dumps(network.spec.to_dict(), sort_keys=True).encode())
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -118,29 +114,18 @@ def state_sha256(network: StagedNetwork | BranchedStudent) -> str:
 def answers_sha256(sha256: str, network: str) -> str:
     """Hashes everything that determines a network's outputs: its `state_sha256`, and the version of its library.
 
-    Args:
-        sha256: The network's `state_sha256`.
-        network: The network's name.
-
-    Returns:
-        64 hexadecimal digits; for networks of this package `sha256` itself.
+    For networks of this package it is `state_sha256` itself.
     """
     version = library_version(network)
     return hashlib.sha256(f"{sha256} {version}".encode()).hexdigest() if version else sha256
 
 
 def read_foreign_checkpoint(path: str | Path, state_key: str | None = None) -> dict[str, Tensor]:
-    """Reads the tensors of a foreign checkpoint without executing code in it.
+    """Reads the named tensors of a foreign checkpoint, onto the CPU, without executing code in it.
 
     The usual keys of weights (`state_dict`, `model_state_dict`, `model_ema`, `model`, `net` and the like) are followed,
     and the prefix `module.` of data-parallel training is removed. Files `*.safetensors` are read as safetensors.
-
-    Args:
-        path: the checkpoint.
-        state_key: key of the weights, if there are several or the key is unusual; dots separate nested keys.
-
-    Returns:
-        Name to tensor, on the CPU.
+    `state_key` names the weights, if there are several or the key is unusual; dots separate nested keys.
 
     Raises:
         UserError: when the file is missing or damaged, would run code when unpickled, lacks the key, or holds anything

@@ -75,18 +75,10 @@ def zoo() -> Registry[ZooEntry]:
 
 
 def find_zoo_file(entry: ZooEntry, weights_dir: str | Path, download: bool = False) -> Path:
-    """Finds the file of a pretrained teacher; downloads it first if it is missing and allowed.
+    """Finds the file of a pretrained teacher in a folder; downloads it first if it is missing and `download` allows it.
 
     Concurrent runs download a file once (file lock), and it appears in the folder only when complete. Its SHA-256 is
     always checked before it is opened.
-
-    Args:
-        entry: the teacher's entry; `convert.load_foreign` reads its file.
-        weights_dir: the folder of the file.
-        download: whether a missing file may be downloaded from the entry's URL.
-
-    Returns:
-        The file.
 
     Raises:
         UserError: for a missing file that may not or cannot be downloaded, or a file that is not the published one.
