@@ -50,14 +50,9 @@ class Assignment(nn.Module):
         self.register_buffer("mean_KM", mean_KM, persistent=False)
 
     def matrix(self, step: int, progress: float = 0.0) -> Tensor:
-        """Returns the assignment of one optimiser step.
+        """Returns the assignment float32 [K, M], rows summing to 1, of an optimiser step, counted from 0.
 
-        Args:
-            step: Global step, counted from 0.
-            progress: Completed share of the training, in [0, 1].
-
-        Returns:
-            float32 [K, M]; rows sum to 1.
+        `progress` is the completed share of the training, in [0, 1].
         """
         return self.mean_KM
 
@@ -76,11 +71,6 @@ class RandomAssignment(Assignment):
     Teachers are shared as evenly as K and M allow: with K <= M all branches have different teachers, with K > M every
     teacher has floor(K/M) or ceil(K/M) branches. The draw is a pure function of (seed, step), hence the same on all
     devices and after a resume.
-
-    Args:
-        num_branches: K >= 1.
-        num_teachers: M >= 1.
-        seed: Non-negative.
 
     Raises:
         UserError: For a negative seed.
@@ -104,11 +94,9 @@ class RandomAssignment(Assignment):
 
 
 class ScheduledAssignment(Assignment):
-    """A sequence of fixed assignments, each of which holds from a given share of the training.
+    """A sequence of fixed assignments, float32 [K, M], each of which holds from a given share of the training.
 
-    Args:
-        starts: Shares of the training at which the matrices begin to hold, increasing from 0, below 1.
-        matrices: One float32 [K, M] for each of the `starts`.
+    These shares increase from 0 and stay below 1.
     """
 
     changes = True
@@ -129,17 +117,14 @@ class ScheduledAssignment(Assignment):
 
 
 def build_assignment(kind: AssignmentSpec, num_branches: int, num_teachers: int, seed: int = 0) -> Assignment:
-    """Builds an assignment of any kind.
+    """Builds an assignment of any kind, for K branches and M teachers; only `random` uses the seed.
 
     Args:
         kind: `random`; {schedule: [[0, kind], [share, kind], ...]}, where each kind holds from its share of the
             training on; or any `kind` of `make_assignment`.
         num_branches: K >= 1.
         num_teachers: M >= 1.
-        seed: For `random` only.
-
-    Returns:
-        The assignment.
+        seed: Seed of a random assignment.
 
     Raises:
         UserError: For an unknown kind, impossible counts or rows that do not fit.

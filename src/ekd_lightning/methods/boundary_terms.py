@@ -24,16 +24,8 @@ _STREAM = 5  # keeps these random numbers apart from others that are drawn by (s
 def choose_base(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, limit: int) -> Tensor:
     """Selects the images to attack: images that both networks classify correctly, largest disagreement first.
 
-    The disagreement is Σ_c (p_t - p_s)² over all classes except the true one.
-
-    Args:
-        student_logits: [B, C].
-        teacher_logits: [B, C].
-        labels: int64 [B].
-        limit: The largest number of images.
-
-    Returns:
-        int64 [N], N <= limit, positions in the batch.
+    The disagreement is Σ_c (p_t - p_s)² over all classes except the true one. Returns positions in the batch, int64 [N]
+    with N <= limit, for logits [B, C] and labels int64 [B].
     """
     right = (student_logits.argmax(1) == labels) & (teacher_logits.argmax(1) == labels)
     squared = (at_least_float32(teacher_logits).softmax(1) - at_least_float32(student_logits).softmax(1)).square()
@@ -44,14 +36,9 @@ def choose_base(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, 
 
 
 def draw_targets(teacher_logits: Tensor, uniform: Tensor) -> Tensor:
-    """Draws target classes in proportion to the teacher's probabilities, excluding its predicted class.
+    """Draws target classes, int64 [N], in proportion to the teacher's probabilities, excluding its predicted class.
 
-    Args:
-        teacher_logits: [N, C] with C >= 2.
-        uniform: [N] random numbers in [0, 1).
-
-    Returns:
-        int64 [N], never the class that the teacher predicts.
+    Logits are [N, C] with C >= 2; `uniform` are random numbers [N] in [0, 1).
     """
     score, classes = at_least_float32(teacher_logits).softmax(1).sort(1, descending=True)
     cumulated = score[:, 1:].cumsum(1)
@@ -186,8 +173,7 @@ class BoundaryDistillation(SoftTerm):
 def _keep_in_step(context: StepContext) -> Tensor | None:
     """Runs the student on two images in DDP, so that a process without images to attack joins synchronised batch norms.
 
-    Returns:
-        0 with a gradient of 0; None without DDP.
+    Returns 0 with a gradient of 0; None without DDP.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return None

@@ -82,10 +82,7 @@ def build_method(
 
 
 def rebuild_method(origin: Mapping[str, Any]) -> Method:
-    """Builds a method again from its record; the adapters are newly initialised.
-
-    Args:
-        origin: `Method.origin`.
+    """Builds a method again from its record, `Method.origin`; the adapters are newly initialised.
 
     Raises:
         UserError: As `build_method`; e.g. for a term that is not registered in this process.

@@ -204,11 +204,9 @@ class TermContext:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], images: Mapping[str, Tensor]) -> TermContext:
-        """Rebuilds a context from `to_dict`.
+        """Rebuilds a context from what `to_dict` returned, or its JSON form.
 
-        Args:
-            values: What `to_dict` returned, or its JSON form.
-            images: `train_index` and `train_labels`, or nothing.
+        `images` are `train_index` and `train_labels`, or nothing.
         """
 
         def shapes(stages: Mapping[str, Sequence[int]]) -> dict[str, StageShape]:
@@ -242,18 +240,11 @@ class TermContext:
         return self.teacher_features[teacher]
 
     def student_stage(self, name: str) -> str:
-        """Resolves a stage of the student; see `teacher_stage`."""
+        """Returns the own name of a stage of the student; see `teacher_stage`."""
         return _resolve_stage(name, self.student_stage_shapes, f"the student {self.student_name!r}")
 
     def teacher_stage(self, teacher: int, name: str) -> str:
-        """Resolves a stage of one teacher.
-
-        Args:
-            teacher: m, 0 .. M-1.
-            name: A stage name, or `last` for the network's last stage.
-
-        Returns:
-            The stage's own name.
+        """Returns the own name of a stage of one teacher; `last` stands for the network's last stage.
 
         Raises:
             UserError: If the network has no such stage; the message lists its stages.

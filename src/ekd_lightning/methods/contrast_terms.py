@@ -30,12 +30,8 @@ _LOW_32 = (1 << 32) - 1
 class TrainingImages(nn.Module):
     """Rows of the training images in the memory banks, and random negatives of other classes.
 
-    The rows of a bank are sorted by class, so that the images of all other classes are two slices.
-
-    Args:
-        index: int64 [n], positions in the whole image set, ascending.
-        labels: int64 [n].
-        seed: Seed of the random negatives.
+    The rows of a bank are sorted by class, so that the images of all other classes are two slices. `index`, int64 [n],
+    are ascending positions in the whole image set, `labels` is int64 [n], and the seed is that of the negatives.
 
     Raises:
         UserError: If all images are of one class, so that there are no negatives.
@@ -68,13 +64,7 @@ class TrainingImages(nn.Module):
         return len(self.index)
 
     def rows(self, index: Tensor) -> Tensor:
-        """Returns the rows of images in the banks.
-
-        Args:
-            index: int64 [B], positions in the whole image set.
-
-        Returns:
-            int64 [B], 0 .. n-1.
+        """Returns the rows of images in the banks, int64 [B] in 0 .. n-1, from their positions in the whole image set.
 
         Raises:
             ValueError: On a CPU, if an image is not among the training images. On an accelerator this check would
@@ -88,18 +78,10 @@ class TrainingImages(nn.Module):
         return torch.where(found, self.row_of[place], len(self))
 
     def negatives(self, row: Tensor, number: int, step: Tensor) -> Tensor:
-        """Draws images of other classes, uniformly and with replacement.
+        """Draws `number` images of other classes, uniformly and with replacement, for each of the rows int64 [B].
 
         The draw is a pure function of (seed, step, image): it depends neither on the rest of the batch nor on device,
-        process or resumes.
-
-        Args:
-            row: int64 [B], rows in the banks.
-            number: Negatives of each image.
-            step: Optimiser steps so far, an int64 scalar.
-
-        Returns:
-            int64 [B, number], rows in the banks.
+        process or resumes. The step is an int64 scalar. Returns rows in the banks, int64 [B, number].
         """
         key = splitmix64(splitmix64(step ^ self._key))
         # On a CPU a few images at a time stay in its cache: three times as fast.
@@ -120,11 +102,8 @@ class TrainingImages(nn.Module):
 class MemoryBank(nn.Module):
     """Memory bank: a moving average of each training image's embedding.
 
-    Args:
-        num_images: n.
-        features: D.
-        momentum: Share of the old embedding in the new one, in [0, 1].
-        generator: Draws the initial values, uniform with the variance of a random unit vector's elements, as published.
+    `momentum` in [0, 1] is the share of the old embedding in the new one. The generator draws the initial values,
+    uniform with the variance of a random unit vector's elements, as published.
     """
 
     bank: Tensor
@@ -139,14 +118,9 @@ class MemoryBank(nn.Module):
         self.register_buffer("bank", start)
 
     def scores(self, anchors: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Inner products of anchors with entries of the bank.
+        """Inner products of anchors [B, D] with entries of the bank: [B, N] for the rows int64 [B, N] of each anchor.
 
-        Args:
-            anchors: [B, D].
-            rows: int64 [B, N], the entries of each anchor; None for the whole bank.
-
-        Returns:
-            [B, N], or [B, n] for the whole bank.
+        Without rows, they are those with the whole bank, [B, n].
         """
         if rows is not None:
             return torch.bmm(self.bank[rows], anchors[:, :, None])[:, :, 0]
@@ -155,11 +129,9 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def update(self, rows: Tensor, embeddings: Tensor) -> None:
-        """Moves entries of the bank towards new embeddings and normalises them to length 1.
+        """Moves entries of the bank towards new embeddings [B, D] of length 1, and normalises them to length 1.
 
-        Args:
-            rows: int64 [B], all different.
-            embeddings: [B, D], of length 1.
+        The rows, int64 [B], are all different.
         """
         moved = self.momentum * self.bank[rows] + (1 - self.momentum) * embeddings.to(self.bank)
         self.bank.index_copy_(0, rows, functional.normalize(moved))
@@ -176,12 +148,7 @@ def of_all_processes(values: Tensor) -> Tensor:
 
 
 class Embedding(nn.Module):
-    """A linear map to vectors of length 1: [B, D_in] -> [B, D].
-
-    Args:
-        inputs: D_in.
-        features: D.
-    """
+    """A linear map to vectors of length 1: [B, D_in] -> [B, D]."""
 
     def __init__(self, inputs: int, features: int) -> None:
         super().__init__()
@@ -193,15 +160,7 @@ class Embedding(nn.Module):
 
 
 class ContrastiveSide(nn.Module):
-    """One network's side of the contrast: its embedding, its memory bank and the normalisation z.
-
-    Args:
-        inputs: Size of the network's pooled features.
-        features: D.
-        images: n.
-        momentum: The bank's momentum.
-        generator: Draws the bank's initial values.
-    """
+    """One network's side of the contrast: its embedding, its memory bank and the normalisation z."""
 
     z: Tensor
 

@@ -102,11 +102,7 @@ class FlowOfSolution(FeatureTerm):
 class GaussianModel(nn.Module):
     """q(f_m | f_s): μ by three 1×1 convolutions with ReLU between them, and one trained σ² for each channel.
 
-    Args:
-        student_channels: C.
-        teacher_channels: C_m, also the width between the convolutions.
-        initial_variance: Initial σ², > eps.
-        eps: Lower bound of σ², > 0.
+    The width between the convolutions is that of the teacher. The initial σ² exceeds its lower bound `eps` > 0.
     """
 
     def __init__(self, student_channels: int, teacher_channels: int, initial_variance: float, eps: float) -> None:

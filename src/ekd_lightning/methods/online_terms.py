@@ -110,13 +110,9 @@ class PeerAttention(SoftTerm, BranchTerm):
         self.key = nn.Linear(D, width, bias=False)
 
     def log_attention(self, features_PBD: Tensor) -> Tensor:
-        """Returns the logarithm of each peer's attention to every peer, itself included.
+        """Returns the logarithm of each peer's attention to every peer, itself included, from features [P, B, D].
 
-        Args:
-            features_PBD: Pooled features of the P peers, [P, B, D].
-
-        Returns:
-            log α [P, P, B], float32 or wider; α sums to 1 over the second dimension.
+        It is log α [P, P, B], float32 or wider; α sums to 1 over the second dimension.
         """
         # float32: autocast would take the scores, and so the softmax, from bfloat16 products.
         with torch.autocast(features_PBD.device.type, enabled=False):

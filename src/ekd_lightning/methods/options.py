@@ -66,15 +66,7 @@ def temperature_of(key: str, value: object) -> float:
 
 
 def choice(key: str, value: object, allowed: Iterable[str]) -> str:
-    """Checks that a value is one of the allowed names.
-
-    Args:
-        key: The option's name, for the error.
-        value: The value to check.
-        allowed: The allowed names.
-
-    Returns:
-        The value.
+    """Returns a value that must be one of the allowed names; `key` is the option's name for the error.
 
     Raises:
         UserError: For any other value; the message offers the nearest name.
@@ -125,15 +117,10 @@ CONSTANT = WeightSchedule()
 
 
 def read_schedule(key: str, spec: object) -> WeightSchedule:
-    """Parses the `schedule` of a term in a method's configuration.
+    """Parses the `schedule` of a term in a method's configuration; `key` is its name for errors.
 
-    Args:
-        key: Name of the setting, for errors.
-        spec: None for a constant weight; or a mapping with `linear` (a list of [share, factor]), `ramp_up` (a
-            share in (0, 1]), or both.
-
-    Returns:
-        The schedule.
+    It is None for a constant weight; or a mapping with `linear` (a list of [share, factor]), `ramp_up` (a share in (0,
+    1]), or both.
 
     Raises:
         UserError: For unknown keys, shares outside [0, 1] or in decreasing order, or negative factors.

@@ -67,7 +67,9 @@ class PairTerm(BranchTerm):
 
 
 class FeatureSite:
-    """A feature that a term compares: pooled features, or the maps of a stage.
+    """A feature that a term compares in the student and in the teachers of all its pairs (branch, teacher).
+
+    It is the pooled features, or the maps of a stage, averaged to a grid unless that is None.
 
     Attributes:
         name: `pooled`, `last`, or a stage's name.
@@ -76,22 +78,14 @@ class FeatureSite:
         teacher_shapes: Shape of the features of every teacher in `pairs`, by its number m.
         student_stages: The term's `student_stages`.
         teacher_stages: The term's `teacher_stages`; with a grid, the names of averaged maps.
+
+    Raises:
+        UserError: If a network has no such stage, or its maps are coarser than the grid.
     """
 
     def __init__(
         self, name: str, context: TermContext, pairs: Sequence[tuple[int, int]], grid: int | None = None
     ) -> None:
-        """Resolves the feature in the student and in the teachers of all pairs.
-
-        Args:
-            name: `pooled`, `last`, or a stage's name.
-            context: The networks' sizes.
-            pairs: The compared (branch, teacher) numbers.
-            grid: Side of the grid that maps are averaged to; None for whole maps.
-
-        Raises:
-            UserError: If a network has no such stage, or its maps are coarser than the grid.
-        """
         self.name, self.is_pooled, self._context = name, name == POOLED, context
         self._grid = None if grid is None else count("grid", grid)
         self.student_stages: tuple[str, ...] = ()
@@ -131,11 +125,8 @@ class FeatureSite:
     def require_equal_channels(self, reason: str) -> None:
         """Checks that student and teachers have equal channel counts, for losses that cannot adapt them.
 
-        Args:
-            reason: Beginning of the message: the requirement and the remedy.
-
         Raises:
-            UserError: With the shapes of the first teacher that differs.
+            UserError: With `reason`, the requirement and the remedy, and the shapes of the first teacher that differs.
         """
         for m, shape in self.teacher_shapes.items():
             if self.student_shape[0] != shape[0]:
@@ -197,14 +188,7 @@ class FeatureTerm(PairTerm):
 
 
 def different_stages(stages: object, least: int = 1) -> list[str]:
-    """Checks the option `stages` of a term that compares maps at several stages.
-
-    Args:
-        stages: The option's value: a list of different stage names.
-        least: The smallest number of names.
-
-    Returns:
-        The names.
+    """Returns the option `stages` of a term that compares maps: a list of at least `least` different stage names.
 
     Raises:
         UserError: For any other value, and for the name `pooled`.
@@ -243,12 +227,7 @@ def errors_of_images(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 class PooledAdapter(nn.Sequential):
-    """Adapter of pooled features, [B, D] -> [B, D_m]: a linear map without bias, then batch norm.
-
-    Args:
-        student_features: D.
-        teacher_features: D_m.
-    """
+    """Adapter of pooled features, [B, D] -> [B, D_m]: a linear map without bias, then batch norm."""
 
     def __init__(self, student_features: int, teacher_features: int) -> None:
         super().__init__(nn.Linear(student_features, teacher_features, bias=False), nn.BatchNorm1d(teacher_features))

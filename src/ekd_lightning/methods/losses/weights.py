@@ -177,14 +177,7 @@ class MinNormWeights(nn.Module):
         self.register_buffer("is_full_FM", kinds_FM == 2, persistent=False)
 
     def forward(self, gradients: Tensor) -> Tensor:
-        """Computes the weights.
-
-        Args:
-            gradients: [M, N], one vector for each teacher.
-
-        Returns:
-            Weights [M], detached, in the dtype of the gradients.
-        """
+        """Computes the weights [M], detached, from gradients [M, N], one vector for each teacher, in their dtype."""
         with torch.no_grad(), torch.autocast(gradients.device.type, enabled=False):
             vectors = gradients.detach().double()
             gram_MM = vectors @ vectors.T
