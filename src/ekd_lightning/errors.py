@@ -38,16 +38,7 @@ class UserError(ValueError):
 
 
 def unknown_name(kind: str, name: object, allowed: Iterable[str]) -> UserError:
-    """Builds the error for a name that is not in a registry, with the nearest match.
-
-    Args:
-        kind: What the name stands for, e.g. "network".
-        name: The name that was given.
-        allowed: The names that exist.
-
-    Returns:
-        The error, ready to be raised.
-    """
+    """Returns the error for a name of a `kind` (e.g. "network") that is not allowed, with the nearest match."""
     names = sorted(allowed)
     lower = {known.lower(): known for known in names}
     near = difflib.get_close_matches(str(name).lower(), lower, n=1, cutoff=0.5)
@@ -59,9 +50,7 @@ def unknown_name(kind: str, name: object, allowed: Iterable[str]) -> UserError:
 class Registry(dict[str, _T]):
     """Mapping of names to objects; an unknown name raises a `UserError` that offers the nearest one.
 
-    Args:
-        kind: What the names stand for, e.g. "network".
-        things: Initial entries.
+    `kind` says in messages what the names stand for, e.g. "network".
     """
 
     def __init__(self, kind: str, things: Mapping[str, _T] | None = None) -> None:
@@ -138,15 +127,10 @@ def few(names: Sequence[str], most: int = 3) -> str:
 
 
 def require(extra: str, *packages: str, or_else: str = "") -> None:
-    """Checks that optional packages are installed.
-
-    Args:
-        extra: The extra of this project that installs them.
-        packages: Their import names.
-        or_else: How to do without them.
+    """Checks that optional packages, given by their import names, are installed.
 
     Raises:
-        UserError: Naming the first missing package and how to install it.
+        UserError: Naming the first missing package, the extra of this project that installs it, and how to do without.
     """
     for name in packages:
         if importlib.util.find_spec(name) is None:

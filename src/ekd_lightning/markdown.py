@@ -57,12 +57,8 @@ def known(value: float | None, form: str) -> str:
 def fill(package: str, template: str, values: Mapping[str, Any]) -> str:
     """Fills a Jinja template; its values are escaped by `prose` unless they are `Markdown` already.
 
-    Filters: `code`, `known`, and `fmt`, which formats a number, e.g. `{{ steps | fmt(",") }}`; a function: `table`.
-
-    Args:
-        package: Package with the template as `assets/<template>`.
-        template: File name of the template.
-        values: Values by their names in the template.
+    The template is the file `assets/<template>` of a package. Filters: `code`, `known`, and `fmt`, which formats a
+    number, e.g. `{{ steps | fmt(",") }}`; a function: `table`.
 
     Raises:
         jinja2.UndefinedError: If the template uses a name without a value.

@@ -29,10 +29,7 @@ _FIRST_SECONDS, _QUIET_SECONDS, _MOST_SECONDS, _POLL_SECONDS = 3.0, 15.0, 300.0,
 class Task:
     """A phase of a command, or a part of one.
 
-    Args:
-        name: Name of the work.
-        total: Amount of work; None if unknown.
-        unit: Unit of the amount, in the plural; None hides the counts.
+    Its total is an amount of work, None if unknown, in a unit named in the plural; a unit of None hides the counts.
 
     Attributes:
         note: Further information, e.g. the epoch.
@@ -193,10 +190,7 @@ def is_reported() -> bool:
 def session(*names: str, live: bool = True, keep: bool = True) -> Iterator[Session]:
     """Opens a session with the phases of a command; within another session they become phases of that one.
 
-    Args:
-        *names: Names of the expected phases.
-        live: Whether a display that redraws itself may show it.
-        keep: Whether such a display stays on the screen at the end.
+    `live` says whether a display that redraws itself may show it, `keep` whether it stays on the screen at the end.
     """
     global _session  # noqa: PLW0603
     if _session is not None:
@@ -297,13 +291,9 @@ def advance(note: str | None = None) -> None:
 
 
 def track(items: Iterable[_T], name: str, unit: str = "", total: float | None = None) -> Iterator[_T]:
-    """Yields all items and counts them as a part of the running task.
+    """Yields all items and counts them, named by `unit` in the plural, as a part of the running task.
 
-    Args:
-        items: The items.
-        name: Name of the work.
-        unit: Name of the items, in the plural.
-        total: Number of the items, if they have no length.
+    `total` is their number, if they have no length.
     """
     with part(name, len(items) if isinstance(items, Sized) else total, unit) as task:
         for item in items:

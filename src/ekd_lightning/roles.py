@@ -152,9 +152,7 @@ def one_of(*names: str) -> dict[str, Any]:
 def check_values(settings: Any, prefix: str = "") -> None:
     """Refuses values that the metadata of settings, nested groups included, do not accept; None is always accepted.
 
-    Args:
-        settings: A dataclass.
-        prefix: Its dotted key and a dot, for messages.
+    `prefix` is the dotted key of the dataclass and a dot, for messages.
 
     Raises:
         UserError: At the first such value, naming its key and what is accepted.
@@ -195,9 +193,8 @@ former has an effect."""
 def beside(key: str, counts: Callable[[Any], object] = bool) -> dict[str, Any]:
     """Returns metadata of a setting that has an effect only for some values of another one.
 
-    Args:
-        key: The other setting: its name within the same group, or its dotted key.
-        counts: Whether one of its values gives the setting an effect; by default all do but null, false and empty ones.
+    That is named within the same group, or by its dotted key. `counts` tells whether one of its values gives the
+    setting an effect; by default all do but null, false and empty ones.
     """
     return {BESIDE: (key, counts)}
 
@@ -263,12 +260,7 @@ def name_of_type(hint: Any) -> str:
 
 
 def what_is_allowed(hint: Any, metadata: Mapping[str, Any]) -> str:
-    """Returns in words which values a setting accepts, e.g. `int, at least 1, or null`.
-
-    Args:
-        hint: Its annotated type.
-        metadata: The metadata of its field.
-    """
+    """Returns in words which values a setting of an annotated type accepts, e.g. `int, at least 1, or null`."""
     kinds = [kind for kind in get_args(hint) if kind is not type(None)] if get_origin(hint) in _UNIONS else [hint]
     optional, allowed = kinds != [hint] and type(None) in get_args(hint), metadata.get(ALLOWED)
     words = " or ".join(dict.fromkeys(_kind_in_words(kind) for kind in kinds))

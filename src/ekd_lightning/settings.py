@@ -576,13 +576,8 @@ def purpose_of(key: str) -> Purpose:
 def without_effect(settings: Settings, given: Collection[str], facts: Mapping[str, object]) -> dict[str, str]:
     """Finds given settings that have no effect, because they depend on another setting with a certain value.
 
-    Args:
-        settings: All settings of a run.
-        given: Dotted keys that the user gave; keys with their default value are ignored.
-        facts: By key of the other setting, a fact that decides instead of its value.
-
-    Returns:
-        One line for each setting without effect, by its key.
+    Given keys with their default value are ignored. `facts` are, by key of the other setting, facts that decide instead
+    of its value. Returns one line for each setting without effect, by its key.
     """
     found = {}
     for key, other, counts in _CONDITIONS:
@@ -625,9 +620,7 @@ def is_place(key: str, value: object) -> bool:
 def is_free(key: str, *, exact: bool = True) -> bool:
     """Whether a setting may change without changing the results: a location or a free setting.
 
-    Args:
-        key: The setting's dotted key.
-        exact: Whether the results must be equal bit for bit; False allows rounding.
+    The results are to be equal bit for bit; `exact=False` allows rounding.
     """
     purpose = purpose_of(key)
     return is_location(key) or (purpose.role is Role.FREE and (purpose.exact or not exact))
