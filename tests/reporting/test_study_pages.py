@@ -99,12 +99,12 @@ def test_where_ekd_stands_is_what_scipy_says(runs: list[RunEntry]) -> None:
     first, second = sorted(("kd_mean", "camkd"), key=p.__getitem__)  # they decide: corrected for two
     assert found.against[first].p_holm == pytest.approx(2 * p[first])
     assert found.against[second].p_holm == pytest.approx(max(2 * p[first], p[second]))
-    assert lead([found]).startswith("With at most 20 % of the labels EKD is not ahead at equal cost")
-    assert "below in 1, level in 0, above in 0 of 1 comparison " in lead([found])
+    assert lead([found]).startswith("With at most 20 % of the labels, EKD is not ahead at equal cost. In 1 comparison ")
+    assert "below in 1, level in 0 and above in 0 " in lead([found])
     assert lead([]).startswith("Whether EKD is ahead at equal cost with limited data is open")
     both = [*runs, *row("ekd_pooled", [other + 0.2 for other in EKD])]
     (block,) = blocks(group(collection(*both)))
-    assert "paired by seed; `ekd`: below in 1; `ekd_pooled`: above in 1)." in lead(standings(block))
+    assert "paired by seed). By method: `ekd` is below in 1; `ekd_pooled` is above in 1." in lead(standings(block))
 
 
 def test_a_method_with_too_few_runs_hides_no_other(runs: list[RunEntry]) -> None:
@@ -113,7 +113,7 @@ def test_a_method_with_too_few_runs_hides_no_other(runs: list[RunEntry]) -> None
     (found,) = standings(block)
     assert found.best is not None
     assert (found.best.label, [one.label for one in found.better]) == ("camkd", ["crd"])
-    assert "below in 1, level in 0, above in 0 of 1 comparison " in lead([found])
+    assert "below in 1, level in 0 and above in 0 " in lead([found])
     assert lead([found]).endswith(" In 1 of them a more accurate method has too few runs to tell.")
     page = summary_page(make_report(collection(*runs, *row("crd", (0.8,), K=1))))
     said = "|\n\n- cifar10, 10 %, 140 steps, `ekd`: more accurate than the best other method, with too few runs: `crd` "

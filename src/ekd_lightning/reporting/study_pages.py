@@ -77,29 +77,29 @@ def standings(block: Block) -> list[Standing]:
 
 
 def lead(found: Sequence[Standing]) -> str:
-    """The answer in a sentence: is EKD ahead at equal cost, with limited data?"""
+    """The answer in a few sentences: is EKD ahead at equal cost, with limited data?"""
     limited = [one for one in found if (one.block.fraction or 1.0) <= LIMITED and one.best]
     counts = Counter(one.side(one.best.label) for one in limited if one.best)
     tested = len(limited) - counts["too few runs"]
     if not tested:
         return "Whether EKD is ahead at equal cost with limited data is open: no comparison has enough runs."
     start = "is" if counts["above"] == tested else "is not" if not counts["above"] else "is sometimes"
-    parts = ", ".join(f"{side} in {counts[side]}" for side in ("below", "level", "above"))
     methods = dict.fromkeys(method for method in SUBJECTS if any(one.ekd.method == method for one in limited))
-    each = "".join(f"; {_sides(method, limited)}" for method in methods) if len(methods) > 1 else ""
+    each = "; ".join(_sides(method, limited) for method in methods)
+    by_method = f" By method: {each}." if len(methods) > 1 else ""
     few = sum(bool(one.better) for one in limited)
     more = f" In {few} of them a more accurate method has too few runs to tell." if few else ""
     return (
-        f"With at most {100 * LIMITED:g} % of the labels EKD {start} ahead at equal cost: against the best other "
-        f"method that costs no more it is {parts} of {plural(tested, 'comparison')} (95 % intervals, paired by seed"
-        f"{each})."
-        f"{more}"
+        f"With at most {100 * LIMITED:g} % of the labels, EKD {start} ahead at equal cost. In "
+        f"{plural(tested, 'comparison')} with the best other method that costs no more, EKD is below in "
+        f"{counts['below']}, level in {counts['level']} and above in {counts['above']} (95 % intervals, paired by seed)."
+        f"{by_method}{more}"
     )
 
 
 def _sides(method: str, limited: Sequence[Standing]) -> str:
     counts = Counter(one.side(one.best.label) for one in limited if one.best and one.ekd.method == method)
-    return f"{md.code(method)}: {', '.join(f'{side} in {counts[side]}' for side in SIDES[:3] if counts[side])}"
+    return f"{md.code(method)} is {', '.join(f'{side} in {counts[side]}' for side in SIDES[:3] if counts[side])}"
 
 
 def _worth(one: Standing) -> tuple[Any, ...]:
@@ -140,10 +140,10 @@ def summary_page(report: Report, missing: Sequence[str] = ()) -> str:
 
 {table}{better}
 Every row of EKD is compared with every other method that costs at most {100 * SAME_COST:g} % more multiply-accumulates.
-Differences are in points, paired by seed, with their 95 % interval. The best other method is picked by its test
-accuracy, which flatters it, from those with at least {ENOUGH} common seeds, if there are any; the pages correct p
-values for all comparisons. The runs of one line share data, images, views, number of steps and precision. Lines that
-differ in these cannot be compared with each other.
+Differences are in points, paired by seed, with their 95 % interval. The best other method is the one with the highest
+test accuracy among those with at least {ENOUGH} common seeds, if there are any. This choice flatters it, so the pages
+correct p values for all comparisons. The runs of one line share data, images, views, number of steps and precision.
+Lines that differ in these cannot be compared with each other.
 
 Pages: {", ".join(map(_link, pages))}. {MADE_BY}
 
@@ -309,8 +309,8 @@ def readme_section(report: Report, folder: str) -> str:
     )
     cost = (best.mean("macs") or 0) / (one.ekd.mean("macs") or 1)
     said = (
-        f"**{lead(found)}** Here the best other method, "
-        f"{md.code(best.label)}, has {100 * cost:.0f} % of EKD's cost; EKD minus it is "
+        f"**{lead(found)}** In this table the best other method is "
+        f"{md.code(best.label)}, at {100 * cost:.0f} % of EKD's cost; the difference (EKD minus this method) is "
         f"{interval_text(one.against.get(best.label))} points."
     )
     table = md.table(("method", "test accuracy %", "MACs", "parameters"), rows)
