@@ -92,8 +92,8 @@ def lead(found: Sequence[Standing]) -> str:
     return (
         f"With at most {100 * LIMITED:g} % of the labels, EKD {start} ahead at equal cost. In "
         f"{plural(tested, 'comparison')} with the best other method that costs no more, EKD is below in "
-        f"{counts['below']}, level in {counts['level']} and above in {counts['above']} (95 % intervals, paired by seed)."
-        f"{by_method}{more}"
+        f"{counts['below']}, level in {counts['level']} and above in {counts['above']} (95 % intervals, paired by "
+        f"seed).{by_method}{more}"
     )
 
 
