@@ -383,6 +383,9 @@ class StudentSettings:
     """Factor of the channels in the branches' own stages, for CIFAR ResNets: 0.5 makes thin branches on a trunk of the
     usual width; null: branches are as wide as the network."""
     ensemble: str = field(default="mean_logits", metadata=COMPUTED)
+    branch_gradients: str = field(default="mean", metadata=COMPUTED | _BRANCHED | one_of("mean", "sum"))
+    """Gradient of a branch's own weights: mean (1/K of a plain network's, as the losses are means over K branches) or
+    sum (the whole of it). The trunk learns from the mean in both cases."""
     reuse_classifier: bool = field(default=False, metadata=COMPUTED)
     """Whether every branch ends with a projector into its teacher's features and the teacher's frozen classifier,
     instead of a head of its own (SimKD)."""

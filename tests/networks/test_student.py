@@ -152,6 +152,42 @@ def test_the_gate_learns() -> None:
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in student.gate.parameters())
 
 
+@pytest.mark.parametrize("split_after", SPLITS["resnet8"])
+def test_summed_gradients_teach_equal_branches_what_a_plain_network_learns(split_after: str) -> None:
+    student = _student(split_after=split_after, branch_gradients="sum").double()
+    for branch in student.branches[1:]:
+        branch.load_state_dict(student.branches[0].state_dict())
+    plain = _student(branches=1, split_after=split_after).double()
+    assert all(torch.equal(plain.state_dict()[name], student.state_dict()[name]) for name in plain.state_dict())
+    images, labels = torch.rand(4, 3, 32, 32).double(), torch.tensor([0, 1, 2, 3])
+
+    for network in (student, plain):
+        outputs = network.outputs(images)
+        features = sum(own["stage2"].square().mean() for own in outputs.stages) / network.num_branches
+        branches = functional.cross_entropy(outputs.branch_logits.flatten(0, 1), labels.repeat(network.num_branches))
+        coupled = functional.cross_entropy(outputs.logits, labels)
+        (coupled + branches + outputs.pooled.square().mean() + features).backward()
+
+    expected = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    for name, parameter in student.named_parameters():
+        *_, rest = name.split(".", 2 if name.startswith("branches") else 1)
+        wanted = expected[f"branches.0.{rest}" if name.startswith("branches") else name]
+        torch.testing.assert_close(parameter.grad, wanted, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("ensemble", ENSEMBLES)
+def test_summed_gradients_change_the_branches_own_weights_alone(ensemble: str) -> None:
+    images = torch.rand(4, 3, 32, 32).double()
+    gradients = {}
+    for kind in ("mean", "sum"):
+        student = _student(ensemble=ensemble, branch_gradients=kind).double()
+        student.outputs(images).logits.square().mean().backward()
+        gradients[kind] = {name: parameter.grad for name, parameter in student.named_parameters()}
+    for name, gradient in gradients["mean"].items():
+        factor = 3 if name.startswith("branches") else 1
+        torch.testing.assert_close(gradients["sum"][name], factor * gradient, rtol=1e-9, atol=1e-12)
+
+
 def test_branches_start_apart_and_stay_independent() -> None:
     student = _student(split_after="stage1")
     images = torch.rand(2, 3, 32, 32)

@@ -54,6 +54,7 @@ class DeployedStudent(nn.Module):
         """
         super().__init__()
         structure = student.arguments()
+        del structure["branch_gradients"]  # of the training
         self.spec = {"network": structure.pop("spec"), **structure, "folded": fold, "probabilities": probabilities}
         # Contiguous, because other runtimes use strides as they are and convert to formats of their own.
         self.network = FrozenStudent(student, fold=fold, channels_last=False)

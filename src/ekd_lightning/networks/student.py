@@ -28,11 +28,30 @@ from ekd_lightning.networks.staged import (
 
 ENSEMBLES = ("mean_logits", "mean_probs", "gate")
 NO_SPLIT = "none"
+BRANCH_GRADIENTS = ("mean", "sum")
 
 
 def _wide(logits: Tensor) -> Tensor:
     """Converts half-precision logits to float32, in which (or wider) the branches are always combined."""
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+class _ScaledGradient(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by a factor."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.factor, None
+
+
+def scale_gradient(value: Tensor, factor: float) -> Tensor:
+    """Returns `value` itself; gradients that flow back through it are multiplied by `factor`."""
+    return cast(Tensor, _ScaledGradient.apply(value, factor))
 
 
 class Trunk(nn.Module):
@@ -127,12 +146,21 @@ class BranchedStudent(nn.Module):
         spec: the network that trunk and branches are cut from.
         ensemble: how the branches' logits are combined: `mean_logits`, `mean_probs` or `gate`.
         split_after: the last shared stage, or `none`.
+        branch_gradients: `mean`, or `sum` if the branches' own weights get K times the gradient.
         stage_names: names of the stages from image to head, shared stages included, in order.
         num_features: D, the width of every head's input.
         fixed_size: side in pixels of the only image size that the network accepts; None if it accepts any.
     """
 
-    def __init__(self, spec: NetworkSpec, *, branches: int, split_after: str, ensemble: str = "mean_logits") -> None:
+    def __init__(
+        self,
+        spec: NetworkSpec,
+        *,
+        branches: int,
+        split_after: str,
+        ensemble: str = "mean_logits",
+        branch_gradients: str = "mean",
+    ) -> None:
         """Builds trunk and branches; the same `torch.manual_seed` gives the same student.
 
         Args:
@@ -142,13 +170,18 @@ class BranchedStudent(nn.Module):
                 the branches are heads only.
             ensemble: `mean_logits`; `mean_probs` (the log of the mean softmax); or `gate` (learned
                 weights of the branches' logits, from the trunk's pooled output).
+            branch_gradients: `mean`: a loss that is averaged over the branches, or that reads their mean, gives each
+                branch's own weights 1/K of the gradient of a plain network; `sum`: the whole of it, so that a branch
+                learns as fast as a network of its own. The trunk learns from the mean in both cases.
 
         Raises:
-            UserError: for fewer than one branch, a stage that the network does not have, an unknown ensemble, or a
-                gate without a trunk; and as `registry.build_network`.
+            UserError: for fewer than one branch, a stage that the network does not have, an unknown ensemble or value
+                of `branch_gradients`, or a gate without a trunk; and as `registry.build_network`.
         """
         super().__init__()
         _check(branches, split_after, ensemble)
+        if branch_gradients not in BRANCH_GRADIENTS:
+            raise unknown_name("branch_gradients", branch_gradients, BRANCH_GRADIENTS)
         network = build_network(spec)
         names = network.stage_names
         if split_after != NO_SPLIT and split_after not in names:
@@ -159,6 +192,7 @@ class BranchedStudent(nn.Module):
         self.num_features = network.num_features
         self.fixed_size = network.fixed_size
         self.split_after = split_after
+        self.branch_gradients = branch_gradients
         self.stage_names = names
         self.trunk = Trunk(network, names[:shared])
         networks = [network, *(build_network(spec) for _ in range(branches - 1))]
@@ -179,8 +213,13 @@ class BranchedStudent(nn.Module):
 
     def arguments(self) -> dict[str, Any]:
         """Returns the constructor's arguments as JSON-able values."""
-        rest = {"branches": self.num_branches, "split_after": self.split_after, "ensemble": self.ensemble}
-        return {"spec": self.spec.to_dict(), **rest}
+        return {
+            "spec": self.spec.to_dict(),
+            "branches": self.num_branches,
+            "split_after": self.split_after,
+            "ensemble": self.ensemble,
+            "branch_gradients": self.branch_gradients,
+        }
 
     def forward(self, images: Tensor) -> Tensor:
         """Classifies images [B, 3, H, W] in [0, 1].
@@ -198,13 +237,20 @@ class BranchedStudent(nn.Module):
             stages: The stages whose outputs are returned; None for all. A compiler can drop the others.
         """
         maps, shared = self.trunk(images)
-        results = [branch(maps) for branch in self.branches]
+        results = [self._through_branch(branch, maps) for branch in self.branches]
         branch_logits = torch.stack([logits for logits, _, _ in results])
         pooled = torch.stack([features for _, features, _ in results])
         wanted = self.stage_names if stages is None else stages
         found = tuple({name: (own if name in own else shared)[name] for name in wanted} for _, _, own in results)
         logits = couple(branch_logits, self.ensemble, None if self.gate is None else self.gate(maps))
         return StudentOutput(logits, branch_logits, pooled, found)
+
+    def _through_branch(self, branch: nn.Module, maps: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        if not self.training or self.branch_gradients == "mean" or self.num_branches == 1:
+            return cast("tuple[Tensor, Tensor, dict[str, Tensor]]", branch(maps))
+        K = float(self.num_branches)
+        logits, pooled, own = branch(scale_gradient(maps, 1.0 / K))
+        return scale_gradient(logits, K), scale_gradient(pooled, K), {n: scale_gradient(m, K) for n, m in own.items()}
 
     def stage_shapes(self, image_size: ImageSize = 32) -> dict[str, tuple[int, int, int]]:
         """Returns the shape (channels, height, width) of each stage's output in every branch.

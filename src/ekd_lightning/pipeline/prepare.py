@@ -300,7 +300,13 @@ def build_student(
             "for plain students, so that it costs more and is not a plain control (student.branches=1 is)",
             stacklevel=2,
         )
-    made = BranchedStudent(spec, branches=student.branches, split_after=student.split_after, ensemble=student.ensemble)
+    made = BranchedStudent(
+        spec,
+        branches=student.branches,
+        split_after=student.split_after,
+        ensemble=student.ensemble,
+        branch_gradients=student.branch_gradients,
+    )
     check_outputs(made, dataset.image_size, "student.network")
     return made
 

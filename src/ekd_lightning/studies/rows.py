@@ -36,7 +36,9 @@ MATCHED = ("kd_mean", "kd_mean_maps")
 """Methods that get a row with a plain student of the branched student's cost."""
 POOLED = {"kd_mean_maps": "kd_mean_feature"}
 """What takes the place of a control beside `ekd_pooled`, which imitates other features than `ekd`."""
-_BRANCHING = ("student.branches", "student.split_after", "student.branch_width", "student.ensemble")
+_BRANCHING = tuple(
+    f"student.{name}" for name in ("branches", "split_after", "branch_width", "branch_gradients", "ensemble")
+)
 _NETWORK = ("student.network", "student.options")
 SCORED_ON = "validation images"
 """What searches choose settings by; results that were scored on anything else are refused."""
