@@ -12,13 +12,14 @@ from omegaconf import OmegaConf
 
 from ekd_lightning.config import directory as module
 from ekd_lightning.config import internals
-from ekd_lightning.config.config import changed_keys, recorded_settings, write_config
+from ekd_lightning.config.config import changes, recorded_settings, write_config
 from ekd_lightning.config.directory import DIRECTORY, JobOutput
 from ekd_lightning.config.overrides import anchored, check_place, check_unchanged, computing, expand_resume
 from ekd_lightning.errors import UserError
 from ekd_lightning.runs.directory import RunDirectory, RunState
+from ekd_lightning.studies.kept_settings import refuse_changed
 from ekd_lightning.studies.multirun import split_words
-from ekd_lightning.studies.sweep import Job, Sweep
+from ekd_lightning.studies.sweep import Job, Sweep, job_states
 
 PLAIN = {"recipe": {"epochs": 4, "lr": 0.1}, "trainer": {"max_epochs": 4}, "tags": []}
 
@@ -151,17 +152,17 @@ def test_a_run_without_its_start_cannot_resume(run):
         expand_resume(["ekd-train", f"resume={directory}"])
 
 
-def test_changed_keys_are_dotted():
+def test_changes_have_dotted_keys():
     new = {"recipe": {"epochs": 4, "lr": 0.2, "new": 1}, "trainer": {"max_epochs": 4}, "tags": ["a"]}
-    assert changed_keys(PLAIN, new) == ["recipe.lr", "recipe.new", "tags"]
-    assert changed_keys(PLAIN, PLAIN) == []
+    assert changes(PLAIN, new) == {"recipe.lr": (0.1, 0.2), "recipe.new": (None, 1), "tags": ([], ["a"])}
+    assert changes(PLAIN, PLAIN) == {}
 
 
 def test_only_what_does_not_change_the_result_may_change(run):
     directory = run()
     check_unchanged(directory, {**PLAIN, "trainer": {"max_epochs": 2}, "tags": ["x"], "resume": "y"})
     for key, changed in (
-        ("recipe.lr", {**PLAIN, "recipe": {"epochs": 4, "lr": 0.2}}),
+        (r"recipe\.lr differ .* it goes on with recipe\.lr=0\.1", {**PLAIN, "recipe": {"epochs": 4, "lr": 0.2}}),
         ("trainer.devices", {**PLAIN, "trainer": {"max_epochs": 4, "devices": 2}}),
         ("tagsx", {**PLAIN, "tagsx": 1}),
     ):
@@ -188,9 +189,10 @@ def test_unlabelled_images_of_a_sweep_may_lie_elsewhere_but_not_be_added(tmp_pat
     jobs = (Job(tmp_path / "0", ("seed=0",)),)
     beside, alone = (Sweep(tmp_path, jobs, (), common=words) for words in (("data.unlabelled=here",), ()))
     assert split_words(beside, ["data.unlabelled=/there"]) == ([], ["data.unlabelled=/there"])
-    for sweep, word in ((alone, "data.unlabelled=/there"), (beside, "data.unlabelled=rest")):
-        with pytest.raises(UserError, match=f"{word}: a resumed sweep keeps its settings"):
-            split_words(sweep, [word])
+    with pytest.raises(UserError, match=r"data\.unlabelled=/there: a resumed sweep keeps its settings"):
+        split_words(alone, ["data.unlabelled=/there"])
+    with pytest.raises(UserError, match=r"data\.unlabelled=rest: a resumed sweep keeps its settings"):
+        refuse_changed(beside, job_states(beside), [], ["data.unlabelled=rest"])
 
 
 def test_flags_come_before_all_overrides(run):

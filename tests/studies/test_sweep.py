@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from ekd_lightning.config import output
-from ekd_lightning.config.config import register_schema
+from ekd_lightning.config.config import register_schema, to_plain, write_config
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import read_json, write_json
 from ekd_lightning.progress import readable
@@ -283,6 +283,68 @@ def test_a_stopped_job_goes_on_whatever_may_change_has_changed(sweep, monkeypatc
     extra = ("data.root=/new", "trainer.max_epochs=3")
     assert first == Job(sweep.folder / "0", ("data=digits", "seed=0", "lr=1", "tags=[a]", *extra), True)
     assert others == [Job(j.directory, (*j.overrides, *extra)) for j in sweep.jobs[1:]]
+
+
+def recorded(folder: Path, *own: tuple[str, ...], record: str) -> Sweep:
+    """A sweep on the digits whose first job is done, with the settings that it and further overrides compose to."""
+    register_schema()
+    jobs = tuple(job(folder, str(number), "data=digits", *words) for number, words in enumerate(own))
+    leave(folder / "0", "done", since=10, end=20)
+    with initialize_config_module("ekd_lightning.conf", version_base="1.3"):
+        write_config(to_plain(compose("train", overrides=[*jobs[0].overrides, *record.split()])), folder / "0")
+    return Sweep(folder, jobs, (), ("data=digits",), "train", None, at(0))
+
+
+@pytest.mark.parametrize(
+    ("record", "restoring"),
+    [
+        ("method=ekd_pooled method.name=ekd", "method=ekd_pooled method.name=ekd"),
+        ("recipe.lr=0.3 recipe.nesterov=false", "recipe.lr=0.3 recipe.nesterov=false"),
+        ("trainer.max_epochs=1 evaluation=full tags=[a] data.root=there", ""),  # these may change
+    ],
+)
+def test_a_sweep_does_not_go_on_with_other_settings_than_its_runs_had(tmp_path, monkeypatch, record, restoring):
+    """As when a file of the configuration has changed since."""
+    sweep = recorded(tmp_path, ("seed=0",), ("seed=1", "method.temperature=2"), record=record)
+    if restoring:
+        named = r"job 0 \(seed=0\): was run with other settings than it would have now \(.+ differ\); "
+        with pytest.raises(UserError, match=f"^{named}a sweep keeps its settings, so add {restoring}$"):
+            resumed_jobs(sweep, monkeypatch)
+    left = resumed_jobs(sweep, monkeypatch, *restoring.split())
+    assert left == [Job(tmp_path / "1", (*sweep.jobs[1].overrides, *restoring.split()))]
+
+
+@pytest.mark.parametrize(
+    ("own", "record", "words", "told"),
+    [
+        ((("method=ekd",), ("method=kd",)), "method=ekd_pooled method.name=ekd", "", "jobs that are left as a new swe"),
+        (
+            (("method=ekd",), ("method=kd",)),
+            "",
+            "method=ekd_pooled",
+            "method=ekd_pooled: a resumed sweep keeps its set",
+        ),
+        (
+            (("seed=0",), ("seed=1",)),
+            "",
+            "recipe.lr=0.3",
+            r"job 0 \(seed=0\): was run .* \(recipe.lr differ\); .* add reci",
+        ),
+        ((("experiment=quick",), ("experiment=cifar10_limited",)), "recipe.momentum=0.1", "recipe.momentum=0.1", ""),
+        (
+            (("experiment=quick",), ("experiment=cifar10_limited",)),
+            "recipe.epochs=3",
+            "recipe.epochs=3",
+            "recipe.epochs=3: a resumed sw",
+        ),
+    ],
+)
+def test_what_is_added_to_a_sweep_restores_what_is_on_record_and_changes_all_jobs_alike(
+    tmp_path, monkeypatch, own, record, words, told
+):
+    sweep = recorded(tmp_path, *own, record=record)
+    with pytest.raises(UserError, match=told) if told else contextlib.nullcontext():
+        assert len(resumed_jobs(sweep, monkeypatch, *words.split())) == 1
 
 
 @pytest.mark.parametrize("state", ["failed", "running"])

@@ -183,23 +183,23 @@ def _places(config: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
                 yield entry, name
 
 
-def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Dotted keys whose values differ between two plain configurations.
+def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The values in which two plain configurations differ, old and new, by their dotted keys.
 
     A setting that the old configuration lacks, as in a record of an earlier version, counts as having its default.
     Paths are not compared, because the content of data and weights is compared by its hash when it is read.
     """
-    return list(_changed(old, new, asdict(Settings()), ""))
+    return dict(_changed(old, new, asdict(Settings()), ""))
 
 
-def _changed(old: Any, new: Any, default: Any, prefix: str) -> Iterator[str]:
+def _changed(old: Any, new: Any, default: Any, prefix: str) -> Iterator[tuple[str, tuple[Any, Any]]]:
     if isinstance(old, dict) and isinstance(new, dict):
         for name in dict.fromkeys([*old, *new]):
             usual = default.get(name) if isinstance(default, dict) else None
             before = old.get(name, usual if name in new else None)
             yield from _changed(before, new.get(name), usual, f"{prefix}.{name}".lstrip("."))
     elif old != new and not (is_place(prefix, old) and is_place(prefix, new)):
-        yield prefix
+        yield prefix, (old, new)
 
 
 def import_user_modules(names: Sequence[str]) -> None:

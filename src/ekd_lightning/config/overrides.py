@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ekd_lightning.config import internals
-from ekd_lightning.config.config import PLACES, TEACHER_PLACES, changed_keys, read_config
+from ekd_lightning.config.config import PLACES, TEACHER_PLACES, changes, read_config
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import DamagedFileError
 from ekd_lightning.runs.directory import CONFIG, OVERRIDES, RunDirectory
@@ -285,23 +285,33 @@ def check_place(resume: str, directory: Path) -> None:
 def check_unchanged(directory: Path, plain: dict[str, Any]) -> None:
     """Refuses to resume a run with settings that would change its results.
 
-    Weights of teachers may have moved: the checkpoint knows them by their hash.
-
     Raises:
-        UserError: Naming the keys that differ from the recorded configuration.
+        UserError: Naming the keys that differ from the recorded configuration, and the overrides that restore them.
+    """
+    if changed := changed_settings(directory, plain):
+        words = " ".join(map(shell_word, restoring(read_config(directory), changed)))
+        raise UserError(
+            f"resume={directory}: {', '.join([*changed][:5])} differ from the recorded run; "
+            f"a resumed run must keep its settings{words and f'; it goes on with {words}'}"
+        )
+
+
+def changed_settings(directory: Path, plain: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The settings that may not change while a run is stopped and have changed: recorded and new value by dotted key.
+
+    Weights of teachers may have moved: the checkpoint knows them by their hash.
     """
     recorded, here = (_without_weight_files(config) for config in (read_config(directory, "resume="), plain))
-    changed = [key for key in changed_keys(recorded, here) if not may_change_between_parts(key)]
-    if changed:
-        former = (
-            any(key.startswith("method.terms.feature_branch") for key in changed)
-            and recorded["method"].get("name") == "ekd"
-        )
-        remedy = "; the former ekd goes on with method=ekd_pooled method.name=ekd" if former else ""
-        raise UserError(
-            f"resume={directory}: {', '.join(changed[:5])} differ from the recorded run; "
-            f"a resumed run must keep its settings{remedy}"
-        )
+    return {key: both for key, both in changes(recorded, here).items() if not may_change_between_parts(key)}
+
+
+def restoring(recorded: dict[str, Any], changed: dict[str, tuple[Any, Any]]) -> list[str]:
+    """The overrides that give changed settings their recorded values; empty if that takes more than a few scalars."""
+    of_features = any(key.startswith("method.terms.feature_branch") for key in changed)
+    if of_features and recorded["method"].get("name") == "ekd":  # before `ekd` compared maps
+        return ["method=ekd_pooled", "method.name=ekd"]
+    scalar = all(isinstance(was, bool | int | float | str) and now is not None for was, now in changed.values())
+    return [override(key, was) for key, (was, _) in changed.items()] if scalar and len(changed) <= _FEW else []
 
 
 def _without_weight_files(config: dict[str, Any]) -> dict[str, Any]:
@@ -318,5 +328,6 @@ def _without_weight_files(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "teachers": {**teachers, "pool": pool}}
 
 
+_FEW = 5
 _WEIGHT_FILES = ("file", "weights")
 """Keys of a pool entry that name a file."""

@@ -8,7 +8,7 @@ import logging
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_SEED = re.compile(r"seed=\d{1,18}")
+SEED = re.compile(r"seed=\d{1,18}")
+"""An override of the seed alone."""
 _BY_JOB = re.compile(r"\$\{[^}]*(\bseed\b|\bhydra:)")
 """An interpolation whose value differs between jobs that differ in their seed alone."""
 _ALONE = ("seed", "tags", "metric", "logger", "resume", "overwrite")
@@ -102,15 +103,13 @@ class JobChecks:
         return {number: line for number, line in found.items() if line is not None}
 
     def _line(self, number: int, words: tuple[str, ...]) -> str | None:
-        key, by_job = tuple(word for word in words if not _SEED.fullmatch(word)), False
+        key, by_job = tuple(word for word in words if not SEED.fullmatch(word)), False
         if key in self._lines:
             return self._lines[key]
         line = None
         try:
-            job = internals.job_config(self._config, words, number)
-            with as_running(job), open_dict(job):
-                del job["hydra"]
-                by_job = _BY_JOB.search(str(OmegaConf.to_container(job, resolve=False))) is not None
+            with composed(self._config, words, number) as job:
+                by_job = differs_by_job(job)
                 settings = to_settings(job)
             self._check(settings)
         except Exception as error:
@@ -153,6 +152,20 @@ class JobChecks:
                 self._read.add(key)
 
 
+@contextlib.contextmanager
+def composed(config: DictConfig, words: Sequence[str], number: int) -> Iterator[DictConfig]:
+    """A job of a multirun as the launcher composes it, without the node `hydra`, whose values it can resolve."""
+    job = internals.job_config(config, words, number)
+    with as_running(job), open_dict(job):
+        del job["hydra"]
+        yield job
+
+
+def differs_by_job(job: DictConfig) -> bool:
+    """Whether the settings of jobs that differ in their seed alone differ otherwise, too."""
+    return _BY_JOB.search(str(OmegaConf.to_container(job, resolve=False))) is not None
+
+
 def _text(plain: Any) -> str:
     return json.dumps(plain, sort_keys=True, default=str)
 
@@ -174,12 +187,16 @@ def refuse_mistakes(found: Mapping[int, str], jobs: Sequence[Job], sweep: Sweep,
     counts, (first, line) = Counter(found.values()), next(iter(found.items()))
     if counts[line] == len(jobs):  # what all jobs share
         raise UserError(line + advice)
-    values = varied_values(jobs[first], varied_keys(sweep.jobs))
-    words = " ".join(f"{key}={value}" for key, value in values.items())
-    name = f"job {jobs[first].directory.relative_to(sweep.folder)}" + (f" ({words})" if words else "")
     same, others = counts[line] - 1, len(found) - counts[line]
-    name += f" and {same} more" if same else ""
+    name = named(jobs[first], sweep) + (f" and {same} more" if same else "")
     raise UserError(f"{name}: {line}{f'; {others} more with other mistakes' if others else ''}{advice}")
+
+
+def named(job: Job, sweep: Sweep) -> str:
+    """A job by its directory and by what varies in the sweep."""
+    values = varied_values(job, varied_keys(sweep.jobs))
+    words = " ".join(f"{key}={value}" for key, value in values.items())
+    return f"job {job.directory.relative_to(sweep.folder)}" + (f" ({words})" if words else "")
 
 
 def without_mistakes(

@@ -35,10 +35,11 @@ from ekd_lightning.progress import phase, session
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import RunDirectory, RunState
 from ekd_lightning.runs.lock import DirectoryLock, LockedError
-from ekd_lightning.runs.words import check_words, names_code, require_named_code
+from ekd_lightning.runs.words import check_words, require_named_code
 from ekd_lightning.runs.writer import now
-from ekd_lightning.settings import keys_where, may_change_between_parts
+from ekd_lightning.settings import may_change_between_parts
 from ekd_lightning.studies.checking import JobChecks, refuse_mistakes, refuse_used, without_mistakes
+from ekd_lightning.studies.kept_settings import may_be_added, refuse_changed, settings_are_kept, with_extra
 from ekd_lightning.studies.launching import (
     is_queued,
     launch,
@@ -50,7 +51,16 @@ from ekd_lightning.studies.launching import (
     working_in,
 )
 from ekd_lightning.studies.sharing import shared_gpus
-from ekd_lightning.studies.sweep import Job, Sweep, found_sweep, job_states, read_sweep, show_summary, write_sweep
+from ekd_lightning.studies.sweep import (
+    Job,
+    Sweep,
+    found_sweep,
+    job_states,
+    read_sweep,
+    show_summary,
+    varied_keys,
+    write_sweep,
+)
 
 _LAUNCHER = ("hydra/launcher", "hydra.launcher")
 _open: list[tuple[Path, contextlib.ExitStack, bool]] = []
@@ -221,6 +231,8 @@ def resume_sweep(folder: Path, argv: Sequence[str], task: TaskFunction) -> bool:
         print(f"{running} running in other processes; " if running else "", end="")
         print(f"{len(jobs)} to be run, {again} of them from their last checkpoint", flush=True)
         with working_in(sweep.working_directory) if jobs else contextlib.nullcontext():
+            if jobs:
+                refuse_changed(sweep, states, hydra_words, extra)
             if jobs := without_mistakes(jobs, left, sweep, hydra_words):
                 launch(jobs, sweep, hydra_words, task)
         show_summary(sweep)
@@ -234,19 +246,17 @@ def split_words(sweep: Sweep, words: Sequence[str]) -> tuple[list[str], list[str
         The overrides of Hydra to launch with, those of the sweep included, and the further overrides of the runs.
 
     Raises:
-        UserError: For an option, an override that would change the results, or a recorded override that names code.
+        UserError: For an option, an override of what varies, or a recorded override that names code.
     """
     given = [word for word in words if not word.startswith("resume=") and word not in ("-m", "--multirun")]
     hydra = [anchored_search(word) for word in given if is_hydras(word)]
     extra = [anchored(word) for word in given if not is_hydras(word)]
     moved = {key_of(word) for word in sweep.common if names_place(word)}
+    varied = varied_keys(sweep.jobs)
     for word in extra:
-        fits = may_change_between_parts(key_of(word)) or names_code(word)
-        if "=" not in word or not (fits or (key_of(word) in moved and names_place(word))):
-            raise UserError(
-                f"{word}: a resumed sweep keeps its settings; resume= may stand beside a launcher "
-                f"(hydra/launcher=..., hydra.launcher...) and {', '.join(keys_where(may_change_between_parts))}"
-            )
+        fits = key_of(word) in moved if names_place(word) else not is_under(key_of(word), varied)
+        if "=" not in word or not (fits or may_be_added(word)):
+            raise settings_are_kept(word)
     dropped = (*OF_ONE_START, *_LAUNCHER) if any(key_of(word) == "hydra/launcher" for word in hydra) else OF_ONE_START
     again = {key_of(word) for word in hydra}
     kept = [word for word in sweep.hydra if not is_under(key_of(word), dropped) and key_of(word) not in again]
@@ -260,11 +270,10 @@ def _job(job: Job, run: RunEntry, extra: Sequence[str]) -> Job:
     """The job to launch; it resumes the run in its directory only if that run has the job's settings."""
     directory = RunDirectory(job.directory)
     recorded = [] if run.state is RunState.PLANNED else directory.overrides()
-    same = bool(recorded) and _computing(recorded) == _computing(job.overrides)
+    may_be = [_computing(words) for words in (job.overrides, with_extra(job.overrides, extra))]
+    same = bool(recorded) and _computing(recorded) in may_be
     resumed = same and directory.last_checkpoint.is_file()
-    given = {key_of(word) for word in extra}
-    words = recorded if resumed else job.overrides
-    return Job(job.directory, (*(word for word in words if not is_under(key_of(word), given)), *extra), resumed)
+    return Job(job.directory, with_extra(recorded if resumed else job.overrides, extra), resumed)
 
 
 def _computing(words: Sequence[str]) -> list[str]:

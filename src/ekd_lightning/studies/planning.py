@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ekd_lightning.config.config import (
-    changed_keys,
+    changes,
     import_user_modules,
     read_config,
     to_plain,
@@ -202,7 +202,7 @@ def _warn_of_other_machines(done: Sequence[RunEntry]) -> None:
 
 def _check_configuration(directory: Path, plain: dict[str, Any]) -> None:
     """Refuses an existing run whose configuration differs, naming the keys."""
-    changed = [key for key in changed_keys(read_config(directory), plain) if not is_free(key)]
+    changed = [key for key in changes(read_config(directory), plain) if not is_free(key)]
     if changed:
         raise UserError(
             f"{directory}: holds a run with another configuration ({', '.join(changed[:5])} differ); "

@@ -20,7 +20,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-from ekd_lightning.config.config import changed_keys
+from ekd_lightning.config.config import changes
 from ekd_lightning.errors import UserError, one_line
 from ekd_lightning.files import DamagedFileError, UnwritableFileError, read_json, write_json
 from ekd_lightning.settings import is_free
@@ -82,9 +82,9 @@ def _check_description(folder: Path, description: dict[str, Any]) -> None:
 def _refuse_another(where: str, known: dict[str, Any], here: dict[str, Any]) -> None:
     """Refuses another description; seeds of runs, places and the like may differ between processes."""
     known, here = dict(known), dict(here)
-    settings = changed_keys(known.pop("config", {}), here.pop("config", {}))
+    settings = changes(known.pop("config", {}), here.pop("config", {}))
     changed = [f"config.{key}" for key in settings if key != "seed" and not is_free(key, exact=False)]
-    if changed := changed + changed_keys(known, here):
+    if changed := [*changed, *changes(known, here)]:
         raise UserError(
             f"{where} holds a search of another configuration ({', '.join(changed[:5])} differ); "
             "choose another --output, or repeat its settings"
