@@ -188,6 +188,17 @@ def test_verdicts_are_those_of_the_answer(text, rich_report):
     assert set(re.findall(r'class="sub">(.*?), n = \d', table)) == shown
 
 
+def test_a_control_that_one_block_lacks_is_an_empty_cell():
+    pytest.importorskip("plotly")
+    few = study({"ekd": (0.7, 0.71, 0.72), "ce": (0.6, 0.61, 0.62)}, fraction=0.5)
+    report = make_report(collection(*study(), *few))
+    made = page.page(report)
+    roles = {finding.role for answer in report.answers for finding in answer.findings}
+    found = sum(len(answer.findings) for answer in report.answers)
+    assert len(report.answers) == 2
+    assert made.count('<td class="soft">no such run</td>') == 2 * len(roles) - found > 0
+
+
 def test_the_first_table_agrees_with_the_answer_and_the_table_of_results():
     report = make_report(collection(*study(), *study({"fitnet": (0.5, 0.53, 0.51), "kd": (0.7, 0.71, 0.75)}, K=1)))
     (answer,) = report.answers
