@@ -32,7 +32,7 @@ EXAMPLES = """\
 examples:
   ekd-report multirun/2026-01-31/12-00-00 -o report         one sweep
   ekd-report compare/c10 compare/c100 -o report             several studies; data sets and protocols stay apart
-  ekd-report outputs -o report --reference kd_mean          differences to kd_mean instead of the plain student
+  ekd-report outputs -o report --reference kd_mean          differences from kd_mean instead of the plain student
   ekd-report compare/c10 -o report --force                  replaces an earlier report
   ekd-report compare/c10 -o report --no-page --no-figures   only the tables, without matplotlib and plotly
   ekd-report runs/study/full -o pages --study-pages         a page for each data set, and small records of all runs

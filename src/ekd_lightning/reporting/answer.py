@@ -40,6 +40,8 @@ ROLES = {
     "best": "the best other method",
 }
 """The controls, in the order of the report."""
+_LEADING = ("best", "equal_cost", "plain")
+"""The controls that the lead of several blocks names, if it can; a table has all."""
 METHODS = {
     "ekd": "a branched student with a teacher for each branch",
     "ekd_pooled": "a branched student with a teacher for each branch, which imitates pooled features",
@@ -157,7 +159,7 @@ def _verdicts(findings: Sequence[Finding], above: Sequence[Group]) -> str:
             own = [finding for finding in alike if finding.other.label == other]
             accuracy = share(own[0].other.mean_accuracy)
             lead = f": {points(own[0].difference.mean)} points" if own[0].difference else ""
-            roles = " and ".join([ROLES[own[0].role], *(ROLES[f.role].removeprefix("the ") for f in own[1:])])
+            roles = ", which is also ".join(ROLES[finding.role] for finding in own)
             named.setdefault(verdict, []).append(f"{roles} ({other}, {accuracy} %{lead})")
     missing = named.pop("not_enough", [])
     if not named:
@@ -176,16 +178,17 @@ def lead(found: Sequence[Answer]) -> str:
     if len(found) == 1:
         return found[0].headline
     counts = Counter((finding.role, finding.verdict) for one in found for finding in one.findings)
-    parts = []
+    parts = {}
     for role, name in ROLES.items():
         numbers = {verdict: counts[role, verdict] for verdict in VERDICTS}
         shown = [f"{words} {numbers[verdict]}" for verdict, (_, words) in VERDICTS.items() if numbers[verdict]]
         if shown:
-            parts.append(f"against {name}, {', '.join(shown)} of {sum(numbers.values())}")
+            parts[role] = f"{', '.join(shown)} of {sum(numbers.values())} against {name}"
+    most = [parts[role] for role in _LEADING if role in parts] or list(parts.values())
     where = f"{plural(len(found), 'setting')} of data and protocol"
     if not parts:
         return f"{SUBJECT} cannot be compared in any of {where}."
-    return f"{SUBJECT} in {where}: {'; '.join(parts)}."
+    return f"{SUBJECT} in {where}: {'; '.join(most)}."
 
 
 def representative(block: Block) -> Group | None:

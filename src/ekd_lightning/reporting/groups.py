@@ -1,4 +1,4 @@
-"""Groups: runs that differ in their seed alone. A group is one row of a table and one point of a curve.
+"""Groups: runs that differ only in their seed. A group is one row of a table and one point of a curve.
 
 Nothing is averaged over groups; `blocks` says which of them may be compared.
 """
@@ -37,7 +37,7 @@ different conditions have no common mean."""
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed alone.
+    """Runs that differ only in their seed.
 
     Attributes:
         label: The method, and what distinguishes the group within it, e.g. `ekd`, `ekd, K=2, M=3`,
@@ -179,7 +179,7 @@ def branched(groups: Sequence[Group]) -> list[Group]:
 
 
 def group(collection: Collection) -> list[Group]:
-    """Groups runs that differ in their seed alone.
+    """Groups runs that differ only in their seed.
 
     Two runs belong together if protocol, method, student, teachers, every weight and every setting of recipe and
     method agree. Of runs with the same seed the newest counts (by the time in status.json, then by name); the
@@ -225,7 +225,7 @@ def _rows(collection: Collection) -> list[Group]:
 def make_group(
     members: Sequence[RunEntry], label: str, varied: Mapping[str, Any] | None = None, *, decides: bool = True
 ) -> Group:
-    """One group of runs that differ in their seed alone.
+    """One group of runs that differ only in their seed.
 
     Args:
         members: At least one, in any order.

@@ -29,7 +29,7 @@ class Report:
     Attributes:
         title: Of the page.
         collection: The runs, and problems with their files.
-        groups: Runs that differ in their seed alone, by data set, fraction and label.
+        groups: Runs that differ only in their seed, by data set, fraction and label.
         blocks: Groups that may be compared.
         reference: By block key, the label of the group that others are compared with; blocks without one are absent.
         answers: The answer in words for each block with a finished run.

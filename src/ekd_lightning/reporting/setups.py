@@ -1,4 +1,4 @@
-"""Settings of runs: which runs differ in the seed alone, and the labels of their groups.
+"""Settings of runs: which runs differ only in their seed, and the labels of their groups.
 
 Settings of places and of how a run is carried out are ignored.
 """
@@ -100,13 +100,13 @@ def _flatten(value: Any, prefix: str, into: dict[str, Any]) -> None:
 
 
 def key(run: RunEntry) -> str:
-    """Equal for two runs with results that differ in their seed alone."""
+    """Equal for two runs with results that differ only in their seed."""
     protocol = vars(Protocol.of(run))
     return _text({"protocol": protocol, "method": run.get("method"), "setup": describe(run)})
 
 
 def whole_key(run: RunEntry) -> str:
-    """Equal for two runs, with or without a result, whose configurations differ in the seed alone."""
+    """Equal for two runs, with or without a result, whose configurations differ only in their seed."""
     if not run.config:
         return _text({"name": run.name})
     return _text({key: value for key, value in _settings(run).items() if key != "seed"})

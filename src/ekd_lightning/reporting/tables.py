@@ -25,12 +25,12 @@ from ekd_lightning.runs.collection import STATES
 from ekd_lightning.runs.directory import RunState
 
 LEGEND = f"""\
-Each row is one setting: runs that differ in their seed alone. Test accuracy, in percent, is measured after the last
+Each row is one setting: runs that differ only in their seed. Test accuracy, in percent, is measured after the last
 epoch: mean ± sample standard deviation over n seeds, and the 95 % interval of Student's t. Differences are in points,
-paired by seed, with their 95 % interval; p comes from a paired t-test, corrected by Holm's method for the number of
-comparisons with the same row; a line below a table says so where that differs. K branches, M teachers. Seconds of
-training depend on the machine's load, and in the first run include filling the teacher tables. With fewer than {FEW}
-runs an interval assumes normal results, and is wide.
+paired by seed, with their 95 % interval. p comes from a paired t-test, corrected by Holm's method for the number of
+comparisons with the same row, unless a line below the table says otherwise. K branches, M teachers. Seconds of training
+depend on the machine's load; in the first run they include filling the teacher tables. With fewer than {FEW} runs, an
+interval assumes normal results, and is wide.
 """
 REPORT_LEGEND = f"""\
 {LEGEND}Gain: ensemble minus the mean of its branches, in points. Seeds disagree: share of test images on which two runs

@@ -114,7 +114,7 @@ function differences({ block, lineStyle, reference }) {
     .filter((group) => known(group.differences[reference].low))
     .sort((a, b) => a.differences[reference].mean - b.differences[reference].mean);
   const unsure = have.length - sure.length;
-  if (!sure.length) return { missing: `differences to ${to} (too few runs: an interval needs three pairs)` };
+  if (!sure.length) return { missing: `differences from ${to} (too few runs: an interval needs three pairs)` };
   const names = sure.map((group) => inert(group.label));
   const values = sure.map((group) => group.differences[reference]);
   return {

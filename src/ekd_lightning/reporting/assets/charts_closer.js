@@ -144,7 +144,7 @@ const CHARTS = [
   { id: "fraction", title: "Accuracy against training images", build: byFraction },
   { id: "counts", title: "Teachers × branches", build: byCounts },
   { id: "cost", title: "Accuracy against cost", build: byCost, full: true },
-  { id: "differences", title: "Differences to the reference", build: differences },
+  { id: "differences", title: "Differences from the reference", build: differences },
   { id: "branches", title: "Branches and their ensemble", build: branches },
   { id: "learning", title: "Learning curves", build: learning },
   { id: "corruptions", title: "Corrupted images", build: corruptions },

@@ -175,7 +175,7 @@ addEventListener("DOMContentLoaded", async () => {
     document.head.append(h("script", {}, await unpack(byId("plotly").textContent)));
   } catch (error) {
     byId("chart-away").textContent =
-      `Charts are not drawn: ${error.message}. The files beside this page hold the same charts as SVG and PNG.`;
+      `Charts are not drawn: ${error.message}. The files in this page's folder hold the same charts as SVG and PNG.`;
     byId("chart-grid").hidden = byId("answer-chart").hidden = true;
   }
   for (const { box } of frames) seen.observe(box);

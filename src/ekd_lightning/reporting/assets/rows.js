@@ -89,7 +89,7 @@ class Rows {
         ? h(
             "label",
             {},
-            "Difference to",
+            "Difference from",
             h(
               "select",
               { id: "reference", onchange: change("reference") },
@@ -109,7 +109,7 @@ class Rows {
     const to = this.payload.groups.find(
       (one) => one.block === row.block && one.reference_of.includes(this.reference),
     );
-    return block.title + (to ? `; differences to ${to.label}` : "");
+    return block.title + (to ? `; differences from ${to.label}` : "");
   }
 
   show(groups) {
