@@ -158,8 +158,8 @@ def test_every_control_is_named_by_its_role():
         "MACs. It beats the plain student (ce, 60.80 %: +13.20 points), the plain student taught by the mean of the "
         "teachers (kd_mean, 71.80 %: +2.20 points) and the branched student without teachers (branched_ce, 61.60 %: "
         "+12.40 points); it loses to the plain student of equal cost, which is also the best other method "
-        "(kd_mean, resnet14, 77.20 %: −3.20 points); it does not differ significantly from the branched student whose branches all "
-        "imitate the mean teacher (ekd_mean, 74.00 %: +0.00 points)."
+        "(kd_mean, resnet14, 77.20 %: −3.20 points); it does not differ significantly from the branched student "
+        "whose branches all imitate the mean teacher (ekd_mean, 74.00 %: +0.00 points)."
     )
     controls = {**accuracies, "big": big}
     names = ("ce", "kd_mean", "big", "branched_ce", "ekd_mean")

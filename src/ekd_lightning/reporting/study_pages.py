@@ -187,8 +187,8 @@ def data_page(report: Report, data: str, figures: Sequence[str]) -> str:
 
 _LEGEND = f"""\
 {PAGE_BEGINS}: mean ± sample standard deviation over n seeds. Differences
-are in points, paired by seed, with the 95 % t interval. p comes from the paired t-test, corrected by Holm's method. In a
-list it is corrected for the number of methods that the list compares (for deciding rows: of deciding methods); in a
+are in points, paired by seed, with the 95 % t interval. p comes from the paired t-test, corrected by Holm's method. In
+a list it is corrected for the number of methods that the list compares (for deciding rows: of deciding methods); in a
 table for the number of comparisons with the same row, unless a line below the table says otherwise. K branches, M
 teachers. *Below*, *level* and *above* say on which side of 0 the interval of a difference lies. With few seeds, only
 large differences have a small corrected p value.
