@@ -285,6 +285,46 @@ def test_a_stopped_job_goes_on_whatever_may_change_has_changed(sweep, monkeypatc
     assert others == [Job(j.directory, (*j.overrides, *extra)) for j in sweep.jobs[1:]]
 
 
+def test_a_term_of_weight_0_that_no_job_has_is_told(recwarn):
+    register_schema()
+    told = "method.terms.{}.weight={} has no effect: {} has no term {}; its terms are {}"
+    kd, idle = "ce_ensemble, kd_ensemble", ("method.terms.x.weight=.0", "method.terms.feature_branch.weight=0")
+    with initialize_config_module("ekd_lightning.conf", version_base="1.3"):
+        for jobs, lines in (
+            (
+                [("method=kd", *idle)],
+                [told.format("x", ".0", "kd", "x", kd), told.format("feature_branch", "0", "kd", "feature_branch", kd)],
+            ),
+            (
+                [("method=kd", *idle), ("method=ekd_pooled", *idle)],
+                [
+                    told.format(
+                        "x",
+                        ".0",
+                        "ekd_pooled",
+                        "x",
+                        ", ".join(compose("train", overrides=["method=ekd_pooled"]).method.terms),
+                    )
+                ],
+            ),
+            ([("method=kd", "method.terms.kd_ensemble.weight=0", "method.terms.feature_branch.weight=0.1")], []),
+            ([("method=kd", "+method.terms.y.type=kd_ensemble", "method.terms.y.weight=0")], []),
+        ):
+            recwarn.clear()
+            checking.warn_of_idle_terms(jobs, lambda words: compose("train", overrides=words))
+            assert [str(one.message) for one in recwarn] == lines
+
+
+def test_a_new_sweep_tells_terms_of_weight_0_that_no_job_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(multirun, "JobChecks", lambda _: SimpleNamespace(mistakes=lambda jobs: {}, settings=[]))
+    with initialize_config_module("ekd_lightning.conf", version_base="1.3"):
+        config = composed("method=kd,kd_mean", "method.terms.x.weight=0", "seed=0,1")
+        with pytest.warns(
+            UserWarning, match=r"x\.weight=0 has no effect: kd_mean has no term x; its terms are ce_ensemble, kd_"
+        ):
+            multirun._check(config, planned_sweep(config, tmp_path))
+
+
 def recorded(folder: Path, *own: tuple[str, ...], record: str) -> Sweep:
     """A sweep on the digits whose first job is done, with the settings that it and further overrides compose to."""
     register_schema()

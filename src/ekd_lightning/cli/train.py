@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -41,6 +42,7 @@ from ekd_lightning.runs.lock import LockedError, lock_ahead, release_ahead
 from ekd_lightning.runs.result import Result
 from ekd_lightning.runs.words import code_of
 from ekd_lightning.runs.writer import is_rank_zero
+from ekd_lightning.studies.checking import warn_of_idle_terms
 from ekd_lightning.studies.launching import is_watched
 from ekd_lightning.studies.multirun import discard_plan, finish_sweep, interrupted_sweep, lost_job, resume_sweep
 
@@ -199,7 +201,10 @@ def train(cfg: DictConfig, output: JobOutput) -> float | None:
 
             callbacks = build_callbacks(settings)
             if sweep is None:  # a setting without effect here may have one in other jobs of the sweep
-                warn_without_effect([key_of(word) for word in HydraConfig.get().overrides.task], [settings])
+                words = HydraConfig.get().overrides.task
+                warn_without_effect([key_of(word) for word in words], [settings])
+                name = str(HydraConfig.get().job.config_name)
+                warn_of_idle_terms([words], lambda others: compose(name, overrides=[*search_path(), *others]))
         result = run(settings, directory, config=plain, sweep=sweep, callbacks=callbacks, on_start=output.start)
     if is_rank_zero():
         log.info("%s", summary_line(result, directory), extra=OFF_SCREEN if sweep is None or is_watched() else None)

@@ -38,7 +38,7 @@ from ekd_lightning.runs.lock import DirectoryLock, LockedError
 from ekd_lightning.runs.words import check_words, require_named_code
 from ekd_lightning.runs.writer import now
 from ekd_lightning.settings import may_change_between_parts
-from ekd_lightning.studies.checking import JobChecks, refuse_mistakes, refuse_used, without_mistakes
+from ekd_lightning.studies.checking import JobChecks, refuse_mistakes, refuse_used, warn_of_idle_terms, without_mistakes
 from ekd_lightning.studies.kept_settings import may_be_added, refuse_changed, settings_are_kept, with_extra
 from ekd_lightning.studies.launching import (
     is_queued,
@@ -114,6 +114,7 @@ def _check(config: DictConfig, sweep: Sweep) -> None:
     checks = JobChecks(config)
     refuse_mistakes(checks.mistakes(sweep.jobs), sweep.jobs, sweep)
     warn_without_effect([key_of(word) for word in sweep.common], checks.settings)
+    warn_of_idle_terms((job.overrides for job in sweep.jobs), lambda words: internals.job_config(config, words, 0))
 
 
 def planned_sweep(config: DictConfig, folder: Path) -> Sweep | None:
