@@ -112,25 +112,26 @@ class Range:
     above: bool = False
     below: bool = False
 
-    def check(self, key: str, value: object) -> None:
-        """Refuses a value outside the range.
+    def check(self, key: str, value: object) -> float:
+        """Returns a value as a float; refuses one outside the range, strings and booleans.
 
         Raises:
             UserError: Naming the key, the value and the accepted range.
         """
         if not is_finite(value):
-            raise UserError(f"{key}={value}: must be a finite number")
+            raise UserError(f"{key}={value!r}: must be a finite number")
         inside = value > self.low if self.above else value >= self.low
         if not inside or value > self.high or (self.below and value == self.high):
-            raise UserError(f"{key}={value}: must be {self.words(value)}")
+            raise UserError(f"{key}={value!r}: must be {self.words(value)}")
+        return float(value)
 
     def words(self, value: object) -> str:
         """Returns the range in words, as they are said of a value: an interval of a float, a bound of an int."""
         if isinstance(value, float) and self.high < math.inf:
             return f"in {'[('[self.above]}{self.low:g}, {self.high:g}{'])'[self.below]}"
-        if value > self.high:  # type: ignore[operator]
-            return f"at most {self.high}"
-        return "positive" if self.above and not self.low else f"{'above' if self.above else 'at least'} {self.low}"
+        if value > self.high or (self.below and value == self.high):  # type: ignore[operator]
+            return f"{'below' if self.below else 'at most'} {self.high}"
+        return "positive" if self.above and not self.low else f"{'above' if self.above else 'at least'} {self.low:g}"
 
 
 LARGEST = 2**31 - 1

@@ -232,7 +232,7 @@ def test_one_branch_and_one_teacher_make_all_assignments_equal():
     ("changes", "message"),
     [
         ({"terms": {"kd_brunch": {"weight": 1}}}, "unknown term 'kd_brunch'; did you mean 'kd_branch'"),
-        ({"terms": {"kd_branch": {"weight": -1}}}, r"method.terms.kd_branch.weight=-1 .* >= 0"),
+        ({"terms": {"kd_branch": {"weight": -1}}}, "method.terms.kd_branch.weight=-1: must be at least 0"),
         ({"terms": {"kd_branch": {"weight": float("nan")}}}, r"method.terms.kd_branch.weight=nan"),
         ({"terms": {"kd_branch": {}}}, "give at least a weight"),
         ({"terms": {"kd_branch": 1.0}}, r"method.terms.kd_branch=1.0 .*weight"),

@@ -58,11 +58,11 @@ def test_ramp_and_points_multiply():
         ({"linear": []}, "pairs"),
         ({"linear": [0, 1]}, "pairs"),
         ({"linear": "ab"}, "pairs"),
-        ({"linear": [[0, 1], [2, 1]]}, r"in \[0, 1\]"),
+        ({"linear": [[0, 1], [2, 1]]}, "at most 1"),
         ({"linear": [[0.5, 1], [0.1, 1]]}, "must not decrease"),
-        ({"linear": [[0, -1]]}, ">= 0"),
-        ({"linear": [[0, 10**309]]}, "0 is not allowed; give a finite number >= 0"),
-        ({"ramp_up": 0}, r"\(0, 1\]"),
+        ({"linear": [[0, -1]]}, "at least 0"),
+        ({"linear": [[0, 10**309]]}, "0: must be a finite number"),
+        ({"ramp_up": 0}, "positive"),
     ],
 )
 def test_what_makes_no_sense_is_one_line(spec, message):

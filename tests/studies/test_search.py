@@ -418,7 +418,7 @@ def test_a_space_file_is_read(tmp_path):
         ("a: {low: 2, high: 1}", "low=2 must be below high=1"),
         ("a: {low: 0, high: 1, log: true}", "a.low=0 is not allowed with log"),
         ("a: {low: 0, high: 1, log: 3}", "a.log=3 is not allowed"),
-        ("a: {low: x, high: 1}", "a.low='x' is not allowed; give a finite number"),
+        ("a: {low: x, high: 1}", "a.low='x': must be a finite number"),
         ("a: {low: 1, hihg: 2}", "unknown key of .*hihg.*did you mean 'high'"),
         ("a: {choices: []}", r"a.choices=\[\] is not allowed"),
         ("a: {choices: [[1]]}", r"\[1\] is not a number"),

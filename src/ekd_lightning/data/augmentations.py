@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ekd_lightning.data.order import Draws
 from ekd_lightning.errors import Registry, UserError, unknown_name
-from ekd_lightning.roles import is_finite
+from ekd_lightning.roles import Range
 
 OPTIONS_KEY = "data.augmentation_options"
 
@@ -95,17 +95,14 @@ def check_number(key: str, value: object, low: float, high: float = math.inf) ->
     Raises:
         UserError: If it is not a finite number in [low, high].
     """
-    if not is_finite(value) or not low <= value <= high:
-        allowed = f"in [{low:g}, {high:g}]" if high < math.inf else f"of at least {low:g}"
-        raise UserError(f"{OPTIONS_KEY}.{key}={value!r}: must be a number {allowed}")
-    return float(value)
+    return Range(low, high).check(f"{OPTIONS_KEY}.{key}", value)
 
 
 def check_integer(key: str, value: object, low: int, high: float = math.inf) -> int:
     """Checks an option that must be an integer in [low, high]; see `check_number`."""
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        allowed = f"in {low}..{high}" if high < math.inf else f"of at least {low}"
-        raise UserError(f"{OPTIONS_KEY}.{key}={value!r}: must be an integer {allowed}")
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise UserError(f"{OPTIONS_KEY}.{key}={value!r}: must be an integer")
+    Range(low, high).check(f"{OPTIONS_KEY}.{key}", value)
     return value
 
 

@@ -13,7 +13,7 @@ from itertools import pairwise
 from operator import itemgetter
 
 from ekd_lightning.errors import UserError, unknown_name
-from ekd_lightning.roles import is_finite
+from ekd_lightning.roles import Range
 
 SHAPES = ("linear", "ramp_up")
 
@@ -27,33 +27,16 @@ def number(
     below: float | None = None,
     high: float | None = None,
 ) -> float:
-    """Checks a finite number.
+    """Returns a finite number within bounds as a float; `key` is the option's name for the error.
 
-    Args:
-        key: The option's name, for the error.
-        value: The value to check; strings and booleans are refused, not converted.
-        above: Exclusive lower bound, or None.
-        low: Inclusive lower bound, or None.
-        below: Exclusive upper bound, or None; only with a lower one.
-        high: Inclusive upper bound, or None; only with a lower one.
-
-    Returns:
-        The value as a float.
+    Bounds `above` and `below` are exclusive, `low` and `high` inclusive; strings and booleans are refused.
 
     Raises:
         UserError: If it is not a finite number or lies outside the bounds.
     """
-    result = float(value) if is_finite(value) else math.nan
-    fits = math.isfinite(result) and (above is None or result > above) and (low is None or result >= low)
-    if fits and (below is None or result < below) and (high is None or result <= high):
-        return result
-    allowed = "a finite number"
-    if below is not None or high is not None:
-        start, end = f"({above:g}" if low is None else f"[{low:g}", f"{high:g}]" if below is None else f"{below:g})"
-        allowed = f"a number in {start}, {end}"
-    elif above is not None or low is not None:
-        allowed += f" > {above:g}" if low is None else f" >= {low:g}"
-    raise UserError(f"{key}={value!r} is not allowed; give {allowed}")
+    least, most = above if low is None else low, below if high is None else high
+    bounds = Range(-math.inf if least is None else least, math.inf if most is None else most, low is None, high is None)
+    return bounds.check(key, value)
 
 
 def temperature_of(key: str, value: object) -> float:
