@@ -92,8 +92,7 @@ def remove_parts(folder: Path, name: str = "") -> None:
 def move_folder(source: Path, target: Path) -> None:
     """Renames a folder whose files are written and synced, so that it appears whole or not at all.
 
-    Raises:
-        UnwritableFileError: If the file system refuses, naming `target`.
+    If the file system refuses, it raises an UnwritableFileError that names the target.
     """
     try:
         _sync_folder(source)
@@ -191,11 +190,7 @@ class BackgroundWriter:
         self._pending: list[tuple[Path, Future[None]]] = []
 
     def submit(self, path: Path, write: Callable[[], None]) -> None:
-        """Queues `write`, which writes `path`.
-
-        Raises:
-            UnwritableFileError: If an earlier file could not be written.
-        """
+        """Queues `write`, which writes `path`; raises the UnwritableFileError of an earlier write that failed."""
         self.wait()
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "files")
@@ -204,8 +199,7 @@ class BackgroundWriter:
     def wait(self, *paths: Path) -> None:
         """Waits for all queued writes of `paths`.
 
-        Raises:
-            UnwritableFileError: If one of these writes, or of the others that have ended, failed.
+        If one of these, or of the others that have ended, has failed, it raises their UnwritableFileError.
         """
         ended = [write for path, write in self._pending if path in paths or write.done()]
         self._pending = [(path, write) for path, write in self._pending if write not in ended]
@@ -214,11 +208,7 @@ class BackgroundWriter:
                 raise error
 
     def close(self) -> None:
-        """Waits until everything is written.
-
-        Raises:
-            UnwritableFileError: If a file could not be written.
-        """
+        """Waits until everything is written; raises the UnwritableFileError of a write that failed."""
         try:
             self.wait(*(path for path, _ in self._pending))
         finally:
@@ -249,21 +239,13 @@ def is_intact(content: bytes) -> bool | None:
 
 
 def require_intact(path: Path, content: bytes) -> None:
-    """Refuses content that changed since `seal`; content without a checksum is accepted.
-
-    Raises:
-        DamagedFileError: Naming the file.
-    """
+    """Refuses content that changed since `seal` by a DamagedFileError; content without a checksum is accepted."""
     if is_intact(content) is False:
         raise DamagedFileError(f"{path}: damaged or changed, its SHA-256 is not the recorded one")
 
 
 def file_sha256(path: str | Path) -> str:
-    """Hashes a file's bytes: 64 hexadecimal digits.
-
-    Raises:
-        UserError: If there is no such file.
-    """
+    """Hashes a file's bytes to 64 hexadecimal digits; a missing file is a `UserError`."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")

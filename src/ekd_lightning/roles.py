@@ -113,11 +113,7 @@ class Range:
     below: bool = False
 
     def check(self, key: str, value: object) -> float:
-        """Returns a value as a float; refuses one outside the range, strings and booleans.
-
-        Raises:
-            UserError: Naming the key, the value and the accepted range.
-        """
+        """Returns a value as a float; refuses one outside the range, strings and booleans by a `UserError`."""
         if not is_finite(value):
             raise UserError(f"{key}={value!r}: must be a finite number")
         inside = value > self.low if self.above else value >= self.low
@@ -151,12 +147,9 @@ def one_of(*names: str) -> dict[str, Any]:
 
 
 def check_values(settings: Any, prefix: str = "") -> None:
-    """Refuses values that the metadata of settings, nested groups included, do not accept; None is always accepted.
+    """Refuses values that the metadata of settings, nested groups included, do not accept; see `check_value`.
 
     `prefix` is the dotted key of the dataclass and a dot, for messages.
-
-    Raises:
-        UserError: At the first such value, naming its key and what is accepted.
     """
     for one in fields(settings):
         key, value = f"{prefix}{one.name}", getattr(settings, one.name)
@@ -168,11 +161,7 @@ def check_values(settings: Any, prefix: str = "") -> None:
 
 
 def check_value(key: str, value: object, metadata: Mapping[str, Any]) -> None:
-    """Refuses a value that metadata do not accept; None is always accepted.
-
-    Raises:
-        UserError: Naming the key, the value and what is accepted.
-    """
+    """Refuses a value that metadata do not accept by a `UserError`, which names what is accepted; None passes."""
     allowed = metadata.get(ALLOWED)
     if value is None or allowed is None:
         return

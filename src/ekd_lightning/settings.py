@@ -48,11 +48,7 @@ from ekd_lightning.roles import (
 
 
 def check_name(key: str, value: object) -> None:
-    """Refuses a name that cannot be part of a run's directory.
-
-    Raises:
-        UserError: For path separators, control characters, a leading dot, and an empty name.
-    """
+    """Refuses a name for a folder that has path separators, control characters or a leading dot, or is empty."""
     fits = isinstance(value, str) and value.isprintable() and not re.search(r"[/\\]|^\.|^\s*$", value)
     _require(
         fits,
@@ -187,11 +183,7 @@ class RecipeSettings:
     """α of CutMix, 0 for none."""
 
     def check(self, prefix: str) -> None:
-        """Refuses impossible values; messages name their keys below `prefix`, e.g. "recipe".
-
-        Raises:
-            UserError: At the first value outside its range.
-        """
+        """Refuses impossible values by a `UserError`, which names their keys below `prefix`, e.g. "recipe"."""
         check_values(self, f"{prefix}.")
         _require(not self.nesterov or self.momentum > 0, f"{prefix}.nesterov", True, f"needs {prefix}.momentum > 0")
         inside = all(0 < m < 1 for m in self.milestones)
@@ -320,11 +312,7 @@ class TeacherSettings:
     """Whether frozen teachers use torch.compile: auto (if the work is long enough to pay for it), always or never."""
 
     def check(self) -> None:
-        """Refuses impossible values.
-
-        Raises:
-            UserError: At the first value that is impossible or does not fit the pool.
-        """
+        """Refuses impossible values, and values that do not fit the pool, by a `UserError`."""
         pool = len(self.pool)
         check_values(self, "teachers.")
         if self.count is not None:
@@ -337,8 +325,7 @@ class TeacherSettings:
     def entry(self, position: int) -> TeacherEntry:
         """Returns pool member `position` (0-based) as a typed entry.
 
-        Raises:
-            UserError: If it has an unknown key, or not exactly one way to obtain it.
+        An unknown key, or not exactly one way to obtain it, is a `UserError`.
         """
         node, key = self.pool[position], f"teachers.pool[{position}]"
         if isinstance(node, TeacherEntry):
@@ -467,11 +454,7 @@ class EvaluationSettings:
     """Parts that follow the training; `ekd-evaluate` adds others to a finished run."""
 
     def check(self) -> None:
-        """Refuses unknown parts.
-
-        Raises:
-            UserError: At the first one.
-        """
+        """Refuses unknown parts by a `UserError`."""
         for name in self.parts:
             if name not in EVALUATION_PARTS:
                 raise unknown_name("part in evaluation.parts", name, EVALUATION_PARTS)
@@ -528,11 +511,7 @@ class Settings:
     """Whether the run may replace an earlier run in its directory; it does so after all its checks have passed."""
 
     def check(self) -> None:
-        """Refuses settings that are impossible for any data set.
-
-        Raises:
-            UserError: At the first impossible value.
-        """
+        """Refuses settings that are impossible for any data set by a `UserError`."""
         check_values(self)
         check_name("method.name", self.method.name)
         self.recipe.check("recipe")

@@ -231,11 +231,7 @@ def import_user_modules(names: Sequence[str]) -> None:
 
 
 def build_callbacks(settings: Settings) -> list[Callback]:
-    """Builds the callbacks of a configuration, after importing the modules of `imports`.
-
-    Raises:
-        UserError: As `build_callback` and `import_user_modules`.
-    """
+    """Builds the callbacks of a configuration, after importing the modules of `imports`; raises as these two do."""
     import_user_modules(settings.imports)
     nodes = {name: node for name, node in settings.callbacks.items() if node}
     return [build_callback(node, f"callbacks.{name}", settings.imports) for name, node in nodes.items()]

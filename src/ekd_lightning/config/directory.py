@@ -105,8 +105,7 @@ def claim_output(config: DictConfig, kind: str, claim: Callable[[Path], object] 
 def refuse_taken(directory: Path, config: DictConfig) -> None:
     """Refuses a directory that is in use, or holds a run or files that a new run would replace, before any other check.
 
-    Raises:
-        UserError: Naming the process that uses it, or the setting with which an earlier run is replaced.
+    The `UserError` names the process, or the setting with which an earlier run is replaced.
     """
     if (other := holder(directory)) is not None:
         raise LockedError(f"{directory}: in use by {other}")

@@ -65,21 +65,13 @@ def run_command(
 
 
 def check_options(args: argparse.Namespace, **allowed: Mapping[str, Any]) -> None:
-    """Refuses values of options outside their ranges, metadata by the option's name (`rounds=COUNT`); None passes.
-
-    Raises:
-        UserError: At the first such value.
-    """
+    """Refuses values of options outside their ranges, metadata by the option's name (`rounds=COUNT`); None passes."""
     for name, metadata in allowed.items():
         check_value(f"--{name.replace('_', '-')}", getattr(args, name), metadata)
 
 
 def parse_names(option: str, text: str, allowed: Collection[str]) -> list[str]:
-    """Reads names separated by commas; a name that is given twice counts once.
-
-    Raises:
-        UserError: For an unknown name, or if there is no name.
-    """
+    """Reads names separated by commas, each once; refuses unknown names, and no name at all, by a `UserError`."""
     names = list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
     for name in names:
         if name not in allowed:

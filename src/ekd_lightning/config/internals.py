@@ -115,20 +115,12 @@ def option_names() -> list[str]:
 
 
 def parse_override(word: str) -> Override:
-    """Parses an override by Hydra's grammar.
-
-    Raises:
-        OverrideParseException: If it does not follow the grammar.
-    """
+    """Parses an override by Hydra's grammar; raises OverrideParseException if it does not follow it."""
     return OverridesParser.create().parse_override(word)
 
 
 def with_absolute(word: str, keys: Collection[str]) -> str:
-    """An override of a list of mappings, its relative paths below `keys` made absolute if they exist.
-
-    Raises:
-        OverrideParseException: If it does not follow the grammar.
-    """
+    """An override of a list of mappings, its relative paths below `keys` made absolute if they exist."""
     parsed = parse_override(word)
     for entry in parsed._value if isinstance(parsed._value, list) else []:
         for key, value in entry.items() if isinstance(entry, dict) else ():

@@ -90,12 +90,9 @@ def _quoted(text: str) -> str:
 
 
 def check_typed(words: Sequence[str]) -> None:
-    """Refuses settings that are typed as options (`--fraction 0.1`) and texts that lack quotes.
+    """Refuses settings typed as options (`--fraction 0.1`) and texts that lack quotes, showing how they are typed.
 
     The words are those of a command line without its own options.
-
-    Raises:
-        UserError: At the first such word, showing how it is typed.
     """
     for position, word in enumerate(words):
         if word.startswith("--") and word.split("=")[0] not in internals.option_names():  # nor an abbreviation
@@ -270,10 +267,9 @@ def may_be_given(word: str) -> bool:
 
 
 def check_place(resume: str, directory: Path) -> None:
-    """Refuses a `resume` that `expand_resume` has not expanded, e.g. one in a configuration file.
+    """Refuses a `resume` outside this job's directory, which `expand_resume` has not expanded.
 
-    Raises:
-        UserError: If the run that it names is not in the output directory of this job.
+    It stands in a configuration file, for example.
     """
     if Path(resume).resolve() != directory.resolve():
         raise UserError(
@@ -283,11 +279,7 @@ def check_place(resume: str, directory: Path) -> None:
 
 
 def check_unchanged(directory: Path, plain: dict[str, Any]) -> None:
-    """Refuses to resume a run with settings that would change its results.
-
-    Raises:
-        UserError: Naming the keys that differ from the recorded configuration, and the overrides that restore them.
-    """
+    """Refuses to resume a run with settings that would change its results, naming them and what restores them."""
     if changed := changed_settings(directory, plain):
         words = " ".join(map(shell_word, restoring(read_config(directory), changed)))
         raise UserError(

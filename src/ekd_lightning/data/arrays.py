@@ -162,11 +162,7 @@ def _first_column(part: Any, name: str, kind: type) -> str:
 
 
 def list_unlabelled(name: str, root: Path, download: bool) -> Listing:
-    """Lists the unlabelled images of a data set of torchvision, such as STL10's; see `list_torchvision`.
-
-    Raises:
-        UserError: If it has none, or is missing and cannot be downloaded.
-    """
+    """Lists the unlabelled images of a data set of torchvision, such as STL10's; raises as `list_torchvision`."""
     from torchvision import datasets  # noqa: PLC0415  # over a second, and not always needed
 
     kind = getattr(datasets, name, None)

@@ -92,11 +92,7 @@ def _torchvision_layout(dataset: type) -> Layout:
 
 @cache
 def cifar_spec(name: str) -> CifarSpec:
-    """Returns the published facts about "cifar10" or "cifar100".
-
-    Raises:
-        UserError: For any other name.
-    """
+    """Returns the published facts about "cifar10" or "cifar100"; any other name is a `UserError`."""
     if name not in CIFAR_NAMES:
         raise unknown_name("CIFAR data set", name, CIFAR_NAMES)
     from torchvision import datasets  # noqa: PLC0415  # over a second, and not always needed
@@ -170,11 +166,7 @@ def read_cifar(spec: CifarSpec, root: Path) -> Dataset:
 
 
 def checked_bytes(path: Path, official: OfficialFile) -> bytes:
-    """Reads a file and checks that it is the published one.
-
-    Raises:
-        UserError: If it cannot be read, or its length or MD5 differs from the published one.
-    """
+    """Reads a file; refuses one whose length or MD5 differs from the published one by a `UserError`."""
     try:
         data = path.read_bytes()
     except OSError as error:

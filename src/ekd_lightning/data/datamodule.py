@@ -66,11 +66,7 @@ class ImageDataModule(pl.LightningDataModule):
         self._on_device: dict[tuple[str, torch.device], Tensor | JoinedImages] = {}
 
     def check_processes(self, world_size: int) -> None:
-        """Checks that training batches fit the images and the processes.
-
-        Raises:
-            UserError: If they do not fit.
-        """
+        """Refuses training batches that do not fit the images and the processes by a `UserError`."""
         self._train_loader(world_size, 0)
 
     @property

@@ -73,11 +73,7 @@ def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def list_images(root: Path) -> Listing:
-    """Lists the unlabelled images of a folder, at any depth, in the order of their paths.
-
-    Raises:
-        UserError: If the folder does not exist or has no images.
-    """
+    """Lists the unlabelled images of a folder, at any depth, in the order of their paths; raises as `list_folder`."""
     if not root.is_dir():
         raise UserError(
             f"data.unlabelled={root}: no such folder (data.unlabelled=rest uses the images that the subset leaves out)"

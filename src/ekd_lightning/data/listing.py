@@ -67,12 +67,9 @@ class Listing:
 
 
 def check_image_size(value: Any) -> tuple[int, int] | None:
-    """Checks `data.image_size`: null, the side of a square in pixels, or [height, width].
+    """Returns `data.image_size` as (height, width) in pixels: the side of a square, or [height, width]; None for null.
 
-    Returns (height, width) in pixels; None for null.
-
-    Raises:
-        UserError: For any other value.
+    Any other value is a `UserError`.
     """
     sides = [value, value] if isinstance(value, int) else value
     if sides is None:
@@ -134,11 +131,7 @@ def read_listing(
 
 
 def read_without_labels(listing: Listing, *, image_size: tuple[int, int], cache: Path, skip_broken: bool) -> ImageSet:
-    """Decodes unlabelled images; see `read_listing`. Their labels are 0 and have no meaning.
-
-    Raises:
-        UserError: For images that cannot be read.
-    """
+    """Decodes unlabelled images, raising as `read_listing`. Their labels are 0 and have no meaning."""
     return _decoded(listing, UNLABELLED, image_size, cache, skip_broken)[0].train
 
 

@@ -85,11 +85,7 @@ class IndexBatch(NamedTuple):
 
 
 def check_batch_size(batch_size: int, num_images: int, world_size: int = 1) -> None:
-    """Checks that a global batch size fits the training images and the processes.
-
-    Raises:
-        UserError: If it is below 1, exceeds the images, or is not a multiple of the processes.
-    """
+    """Refuses a global batch size that is below 1, exceeds the training images, or is no multiple of the processes."""
     if batch_size < 1:
         raise UserError(f"recipe.batch_size={batch_size} must be at least 1")
     if batch_size > num_images:

@@ -114,8 +114,7 @@ def choose_subset(
 def left_out(num_images: int, val_index: Tensor | None, subset: Subset) -> Tensor:
     """Returns the training images that are neither in the subset nor validation images: int64 [U], ascending.
 
-    Raises:
-        UserError: If there are none.
+    If there are none, it raises a `UserError`.
     """
     chosen = torch.zeros(num_images, dtype=torch.bool)
     for index in (subset.train_index, subset.val_index, val_index):

@@ -96,19 +96,14 @@ def rebuild_method(origin: Mapping[str, Any]) -> Method:
 
 
 def needs_teachers(terms: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Returns whether a method with these settings needs teachers; no network is built.
-
-    Raises:
-        UserError: As `build_method`, for unknown terms, options and weights.
-    """
+    """Returns whether a method with these settings needs teachers; no network is built. It raises as `build_method`."""
     return any(entry.cls.needs_teachers for entry in _entries(terms).values())
 
 
 def terms_with_labels(terms: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], bool]:
-    """Returns the names of the terms that use only labelled images, and whether these are all terms of the method.
+    """Returns the names of the terms that use only labelled images, and whether no others are left.
 
-    Raises:
-        UserError: As `needs_teachers`.
+    It raises as `build_method`.
     """
     entries = _entries(terms)
     found = [key for key, entry in entries.items() if entry.cls.needs_labels_with(entry.options)]
@@ -116,7 +111,7 @@ def terms_with_labels(terms: Mapping[str, Mapping[str, Any]]) -> tuple[list[str]
 
 
 def uses_assignment(terms: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Returns whether a method with these settings uses the assignment; raises as `needs_teachers`."""
+    """Returns whether a method with these settings uses the assignment; raises as `build_method`."""
     return any(entry.uses_assignment for entry in _entries(terms).values())
 
 

@@ -27,12 +27,9 @@ def number(
     below: float | None = None,
     high: float | None = None,
 ) -> float:
-    """Returns a finite number within bounds as a float; `key` is the option's name for the error.
+    """Returns a finite number within bounds as a float; `key` is the option's name for the `UserError`.
 
     Bounds `above` and `below` are exclusive, `low` and `high` inclusive; strings and booleans are refused.
-
-    Raises:
-        UserError: If it is not a finite number or lies outside the bounds.
     """
     least, most = above if low is None else low, below if high is None else high
     bounds = Range(-math.inf if least is None else least, math.inf if most is None else most, low is None, high is None)
@@ -40,20 +37,12 @@ def number(
 
 
 def temperature_of(key: str, value: object) -> float:
-    """Checks a temperature; outside [0.001, 1000], T² or logits / T approach the limits of float32.
-
-    Raises:
-        UserError: If it is not a number in this range; the message begins with `key`.
-    """
+    """Checks a temperature as `number`; outside [0.001, 1000], T² or logits / T approach the limits of float32."""
     return number(key, value, low=1e-3, high=1e3)
 
 
 def choice(key: str, value: object, allowed: Iterable[str]) -> str:
-    """Returns a value that must be one of the allowed names; `key` is the option's name for the error.
-
-    Raises:
-        UserError: For any other value; the message offers the nearest name.
-    """
+    """Returns a value that must be one of the allowed names; any other is a `UserError`, which begins with `key`."""
     names = tuple(allowed)
     if not isinstance(value, str) or value not in names:
         raise unknown_name(key, value, names)
@@ -61,11 +50,7 @@ def choice(key: str, value: object, allowed: Iterable[str]) -> str:
 
 
 def count(key: str, value: object) -> int:
-    """Checks an integer of at least 1; `key` is the option's name for the error.
-
-    Raises:
-        UserError: For any other value.
-    """
+    """Returns an integer of at least 1; any other value is a `UserError`, which begins with `key`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UserError(f"{key}={value!r} is not allowed; give an integer >= 1")
     return value

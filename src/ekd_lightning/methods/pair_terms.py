@@ -123,10 +123,9 @@ class FeatureSite:
         return (shape[0], self._grid, self._grid)
 
     def require_equal_channels(self, reason: str) -> None:
-        """Checks that student and teachers have equal channel counts, for losses that cannot adapt them.
+        """Refuses a student and teachers of unequal channel counts, for losses that cannot adapt them.
 
-        Raises:
-            UserError: With `reason`, the requirement and the remedy, and the shapes of the first teacher that differs.
+        The message is `reason`, the requirement and the remedy, and the shapes of the first teacher that differs.
         """
         for m, shape in self.teacher_shapes.items():
             if self.student_shape[0] != shape[0]:
@@ -190,8 +189,7 @@ class FeatureTerm(PairTerm):
 def different_stages(stages: object, least: int = 1) -> list[str]:
     """Returns the option `stages` of a term that compares maps: a list of at least `least` different stage names.
 
-    Raises:
-        UserError: For any other value, and for the name `pooled`.
+    Any other value, and the name `pooled`, is a `UserError`.
     """
     names = list(stages) if isinstance(stages, (list, tuple)) else []
     wrong = len(names) < least or len(set(map(str, names))) < len(names) or POOLED in names

@@ -264,11 +264,7 @@ _TARGETS = re.compile(r"torch\.ops\.aten\.(?!from_file)\w+\.\w+|_operator\.\w+|t
 
 
 def check_archive(content: bytes, path: Path) -> None:
-    """Checks that the content of a torch.export archive is intact and runs no code when it is opened.
-
-    Raises:
-        UserError: If it is damaged, or opening it would run code.
-    """
+    """Refuses the content of a torch.export archive that is damaged, or runs code when it is opened."""
     try:
         members = _read_members(content)
     except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError) as error:

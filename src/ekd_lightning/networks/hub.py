@@ -68,11 +68,7 @@ def fetch(repository: str, file: str, revision: str | None = None) -> Path:
 
 
 def check_repository(repository: str) -> None:
-    """Checks the name of a repository before an upload.
-
-    Raises:
-        UserError: If it is not USER/REPO, or huggingface_hub is not installed.
-    """
+    """Refuses an upload to a name that is not USER/REPO, or without huggingface_hub, by a `UserError`."""
     if not _REPOSITORY.fullmatch(repository):
         raise UserError(f"{repository!r}: not the name of a repository on the hub; give USER/REPO")
     require("hub", "huggingface_hub")

@@ -104,8 +104,7 @@ def from_hub(repository: str) -> LibraryWeights:
 def usual(name: str) -> Published | None:
     """Returns the configuration that a library publishes for a network; None for the user's own modules.
 
-    Raises:
-        UserError: For an unknown name, or a library that is not installed.
+    An unknown name, or a library that is not installed, is a `UserError`.
     """
     library, _, own = name.partition(":")
     if library == "timm":
@@ -159,11 +158,7 @@ def make_module(name: str, num_classes: int, options: Mapping[str, Any], pretrai
 
 
 def build_library_network(spec: NetworkSpec) -> StagedNetwork:
-    """Builds a network of a library with new weights, initialised by the library.
-
-    Raises:
-        UserError: See `make_module` and `cutting.cut`.
-    """
+    """Builds a network of a library with new weights, initialised by the library; raises as `make_module` and `cut`."""
     module = make_module(spec.name, spec.num_classes, _own_options(spec))
     size = fixed_size(spec)
     parts = cut(module, size or spec.image_size, spec.options.get(_STAGES))
@@ -256,9 +251,6 @@ def weight_classes(spec: NetworkSpec, weights: Path | None, state_key: str | Non
     """Returns the number of classes of trained weights, before they are loaded; see `load_library_network`.
 
     That of the spec is returned for a network without layers.
-
-    Raises:
-        UserError: As `load_library_network`.
     """
     if weights is None and (published := usual(spec.name)):
         return published.num_classes
@@ -313,11 +305,7 @@ def _own_options(spec: NetworkSpec) -> dict[str, Any]:
 
 
 def fixed_size(spec: NetworkSpec) -> int | None:
-    """Returns the only image size in pixels that a library's network accepts; None if it accepts any.
-
-    Raises:
-        UserError: For an unknown name, or a library that is not installed.
-    """
+    """Returns the only image size in pixels that a library's network accepts; None for any. Raises as `usual`."""
     known = usual(spec.name)
     if known is None or not known.fixed or any(spec.options.get(name) == any_size for name, any_size in _ANY_SIZE):
         return None

@@ -38,11 +38,8 @@ class Projector(nn.Sequential):
 def project(network: StagedNetwork, width: int) -> StagedNetwork:
     """Adds a projector after a network's last stage, and replaces neck and head to fit a classifier of D features.
 
-    The network's stages are reused with their weights.
-
-    Returns:
-        The network with the further stage `projector`, global pooling, and a frozen linear classifier [D -> C], which
-        `reuse_classifiers` fills with a teacher's weights.
+    The network's stages are reused with their weights. Then come the stage `projector`, global pooling, and a frozen
+    linear classifier [D -> C], which `reuse_classifiers` fills with a teacher's weights.
 
     Raises:
         UserError: If the network has no stage with maps, or the width is too small.
@@ -102,10 +99,7 @@ def _check_classifier(teacher: StagedNetwork, name: str, num_classes: int) -> No
 def own_teachers(assignment_KM: Tensor) -> list[int]:
     """Returns the teacher of each branch, for an assignment [K, M] that gives each branch one teacher.
 
-    If the assignment changes, it is the mean over the steps.
-
-    Raises:
-        UserError: If a branch has several teachers.
+    If the assignment changes, it is the mean over the steps. A branch with several teachers is a `UserError`.
     """
     rows = assignment_KM.tolist()
     if min(max(row) for row in rows) < 1:
@@ -117,11 +111,7 @@ def own_teachers(assignment_KM: Tensor) -> list[int]:
 
 
 def reuse_classifiers(branches: Iterable[nn.Module], teachers: Sequence[StagedNetwork], assignment_KM: Tensor) -> None:
-    """Gives every branch of a projected student the classifier of its own teacher, whose features fit the projection.
-
-    Raises:
-        UserError: If the assignment [K, M] gives a branch several teachers.
-    """
+    """Gives every branch of a projected student the classifier of its own teacher; see `own_teachers`."""
     for branch, m in zip(branches, own_teachers(assignment_KM), strict=True):
         head = branch.get_submodule("head")
         head.load_state_dict(teachers[m].head.state_dict())

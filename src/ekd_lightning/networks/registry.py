@@ -62,11 +62,7 @@ def library_version(name: str) -> str:
 
 
 def require_network(name: str) -> None:
-    """Checks that a network of this name exists; names of libraries are checked only when the network is built.
-
-    Raises:
-        UserError: For an unknown name; the message offers the nearest one.
-    """
+    """Refuses an unknown name; names of libraries are checked only when the network is built."""
     if not is_of_library(name):
         _builder(name)
 
@@ -155,11 +151,7 @@ def thinned(spec: NetworkSpec, split_after: str, factor: float) -> NetworkSpec:
 
 
 def require(possible: bool, spec: NetworkSpec, option: str, allowed: str) -> None:
-    """Refuses an option's value that a network does not allow.
-
-    Raises:
-        UserError: when `possible` is False, naming the option, its value in the spec and, in words, what is allowed.
-    """
+    """Refuses an option's value unless it is possible; `allowed` says in words which values a network takes."""
     if not possible:
         raise UserError(f"network {spec.name!r}: option {option}={spec.options.get(option)!r} (allowed: {allowed})")
 
@@ -204,9 +196,6 @@ def family(name: str) -> tuple[str, ...]:
 
     For `resnet8` these are resnet8, resnet14, ..., resnet110, for `wrn_16_2` the factors 1 to 10; a network without a
     final number is returned alone.
-
-    Raises:
-        UserError: For an unknown name.
     """
     if is_of_library(name):
         return (name,)

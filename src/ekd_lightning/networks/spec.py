@@ -55,11 +55,7 @@ NORMALIZATIONS: Registry[Normalization] = Registry(
 
 
 def normalization(name: str) -> Normalization:
-    """Looks up a normalisation by name.
-
-    Raises:
-        UserError: for an unknown name; the message offers the nearest one.
-    """
+    """Looks up a normalisation by name; an unknown one is a `UserError`."""
     return NORMALIZATIONS[name]
 
 

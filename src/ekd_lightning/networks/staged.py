@@ -302,11 +302,7 @@ class StagedNetwork(nn.Module):
 
 
 def check_size(spec: NetworkSpec, fixed_size: int | None, image_size: ImageSize) -> None:
-    """Checks that a network of fixed size accepts images of this size; a spec with an image size accepts any.
-
-    Raises:
-        UserError: with the accepted size.
-    """
+    """Refuses images of a size that a network of fixed size does not accept; a spec with an image size accepts any."""
     height, width = sides(image_size if spec.image_size is None else spec.image_size)
     if fixed_size is not None and (height, width) != (fixed_size, fixed_size):
         raise UserError(

@@ -119,11 +119,7 @@ class TeacherEnsemble(nn.Module):
         return self.members[0].spec.num_classes
 
     def check_stages(self, stages: Sequence[str]) -> None:
-        """Checks that every teacher has these stages (`last` is any; with or without a grid, see `staged.on_grid`).
-
-        Raises:
-            UserError: For the first stage that a teacher lacks.
-        """
+        """Refuses stages that a teacher lacks (`last` is any; with or without a grid, see `staged.on_grid`)."""
         for member, identity in zip(self.members, self.identities, strict=True):
             for name, _ in map(stage_and_grid, stages):
                 if name not in member.stages and not (name == LAST and len(member.stages)):

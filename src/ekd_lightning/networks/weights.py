@@ -44,10 +44,7 @@ def save_network(path: str | Path, network: StagedNetwork, metadata: Mapping[str
 
 
 def load_network(path: str | Path) -> StagedNetwork:
-    """Reads a file of `save_network`. The global random generator is not advanced.
-
-    Returns:
-        The network on the CPU, in eval mode.
+    """Reads a file of `save_network`, onto the CPU in eval mode. The global random generator is not advanced.
 
     Raises:
         UserError: when the file is missing, damaged, not a network of this package, or does not fit its spec.
@@ -61,10 +58,7 @@ def save_student(path: str | Path, student: BranchedStudent, metadata: Mapping[s
 
 
 def load_student(path: str | Path) -> BranchedStudent:
-    """Reads a file of `save_student`. The global random generator is not advanced.
-
-    Returns:
-        The student on the CPU, in eval mode.
+    """Reads a file of `save_student`, onto the CPU in eval mode. The global random generator is not advanced.
 
     Raises:
         UserError: when the file is missing, damaged, not a student of this package, or does not fit its spec.
@@ -79,8 +73,7 @@ def load_student(path: str | Path) -> BranchedStudent:
 def read_metadata(path: str | Path) -> dict[str, str]:
     """Reads the metadata of a safetensors file, without its tensors and its checksum.
 
-    Raises:
-        UserError: when the file is missing or not a complete safetensors file.
+    A file that is missing or not a complete safetensors file is a `UserError`.
     """
     path = Path(path)
     _require_file(path)
@@ -92,11 +85,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 
 def read_spec(path: str | Path) -> NetworkSpec:
-    """Reads the spec of a file of `save_network`, without its weights.
-
-    Raises:
-        UserError: when the file is missing, damaged, or holds something else.
-    """
+    """Reads the spec of a file of `save_network`, without its weights; raises as `load_network`."""
     with _described(Path(path), "network") as values:
         return NetworkSpec.from_dict(values)
 

@@ -176,11 +176,7 @@ def open_context(
 def refuse_other_images(
     run: RunDirectory, settings: Settings, dataset: Dataset, unlabelled: Unlabelled | None = None
 ) -> None:
-    """Compares images at the paths of the settings with the hashes that a run has recorded so far.
-
-    Raises:
-        UserError: Naming the path whose images differ.
-    """
+    """Refuses images at the paths of the settings whose hashes are not those that a run has recorded so far."""
     recorded = run.provenance().get("data") or {}
     without = recorded.get("unlabelled") or {}
     for kind, key, found, known in (
@@ -194,12 +190,9 @@ def refuse_other_images(
 
 
 def refuse_other_teachers(run: RunDirectory, teachers: Iterable[tuple[str, str | None]]) -> None:
-    """Compares the weights of teachers, wherever their files are, with those on a run's record so far.
+    """Refuses teachers whose weights, wherever their files are, are not those on a run's record so far.
 
     `teachers` are the id of each of the run's teachers, and the SHA-256 of its weights if they are known.
-
-    Raises:
-        UserError: Naming the first teacher with other weights.
     """
     recorded = run.provenance().get("teachers") or []
     for known, (own_id, sha256) in zip(recorded, teachers, strict=False):

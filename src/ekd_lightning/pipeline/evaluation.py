@@ -298,11 +298,7 @@ def _run_parts(
 
 
 def _recorded(context: EvaluationContext, directory: RunWriter) -> Result:
-    """Reads the current result of a finished run.
-
-    Raises:
-        UserError: If another run has replaced it.
-    """
+    """Reads the current result of a finished run; refuses that of another run, which has replaced it."""
     result = directory.read_result()
     if (directory.started(), *_identity(result)) != (context.started, *_identity(context.result)):
         raise UserError(f"{directory.path}: holds another run now, so the findings are not recorded")

@@ -95,11 +95,7 @@ def load_weights(run: RunDirectory, weights: str) -> BranchedStudent:
 
 
 def read_export(folder: Path) -> dict[str, Any] | None:
-    """Reads a folder's export.json; None if there is none.
-
-    Raises:
-        UserError: If it is damaged.
-    """
+    """Reads a folder's export.json; None if there is none. A damaged one is a `UserError`."""
     path = folder / EXPORT
     try:
         content = read_json(path)
@@ -113,11 +109,7 @@ def read_export(folder: Path) -> dict[str, Any] | None:
 
 
 def refuse_existing(folder: Path, options: ExportOptions, force: bool) -> None:
-    """Refuses to overwrite files; reads only the folder.
-
-    Raises:
-        UserError: If the folder holds one of the files, without `force`, or is a file, or its export.json is damaged.
-    """
+    """Refuses a folder that holds one of the files (without `force`), or a damaged export.json, or is a file."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; choose a folder with -o")
     read_export(folder)

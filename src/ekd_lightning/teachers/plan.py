@@ -227,10 +227,9 @@ def present_bytes(
 
 
 def check_disk(folder: Path, needed: int, budget: float, present: int) -> None:
-    """Checks that the tables of a run fit, before training begins: `needed` bytes when full, `present` bytes already.
+    """Refuses tables that need more than the budget in bytes, or than the free space, before training begins.
 
-    Raises:
-        UserError: If the tables need more than the budget in bytes, or than the free space.
+    They need `needed` bytes when full, of which they take `present` already.
     """
     need = f"the teacher tables need up to {needed / 1e6:,.1f} MB in {folder}"
     advice = "use fewer images, views or teachers, or set teachers.table=off"

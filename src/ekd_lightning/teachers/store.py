@@ -63,11 +63,7 @@ class TeacherStore:
         return self.root / "teachers" / digest / _WEIGHTS
 
     def has(self, key: Mapping[str, Any]) -> bool:
-        """Whether the teacher of `key` is stored.
-
-        Raises:
-            UnwritableFileError: If it is not, and cannot be.
-        """
+        """Whether the teacher of `key` is stored; raises UnwritableFileError if it is not, and cannot be."""
         if self.path(key).is_file():
             return True
         self._lock(self.path(key).parent, "trains this teacher")
@@ -191,11 +187,7 @@ def _kept(path: Path, read: Callable[[Path], _T], instead: str | None = None) ->
 
 
 def _read_outputs(path: Path, count: int) -> Predictions:
-    """Reads what `test_outputs` wrote.
-
-    Raises:
-        DamagedFileError: If it is damaged, or of other images or another teacher.
-    """
+    """Reads what `test_outputs` wrote; raises DamagedFileError if it is damaged or that of another teacher or set."""
     tensors = read_sealed_tensors(path)
     if read_metadata(path).get(_STORE_KEY, path.stem) != path.stem:
         raise DamagedFileError(f"{path}: replaced by a file of another teacher or other images")

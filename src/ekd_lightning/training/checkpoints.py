@@ -56,8 +56,7 @@ class CheckpointWriter(CheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Copies the state (containers, tensors, numbers and strings) and queues its writing.
 
-        Raises:
-            UserError: If an earlier checkpoint could not be written, naming it.
+        If an earlier checkpoint could not be written, it raises a `UserError` that names it.
         """
         path = Path(path)
         self._writer.wait(path)
@@ -73,11 +72,7 @@ class CheckpointWriter(CheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Reads a checkpoint onto the CPU, whatever `map_location` says, and never unpickles code.
-
-        Raises:
-            UserError: If it is missing or damaged.
-        """
+        """Reads a checkpoint onto the CPU, whatever `map_location` says, as `read_checkpoint`."""
         self._writer.wait(Path(path))
         return read_checkpoint(Path(path), self._owner())
 
@@ -87,20 +82,12 @@ class CheckpointWriter(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
     def teardown(self) -> None:
-        """Waits until all checkpoints are written.
-
-        Raises:
-            UserError: If a checkpoint could not be written, naming it.
-        """
+        """Waits until all checkpoints are written; raises a `UserError` that names one whose writing failed."""
         self._writer.close()
 
 
 def write_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Writes a file for `torch.load` with the checksum of the whole file in its zip comment.
-
-    Raises:
-        UserError: If the disk refuses, naming the file, which is then unchanged.
-    """
+    """Writes a file for `torch.load` with its checksum in its zip comment; see `files.write_bytes`."""
     stream = io.BytesIO()
     torch.save(checkpoint, stream)
     stream.seek(-2, io.SEEK_END)  # a zip file ends with the length of its comment, here 0

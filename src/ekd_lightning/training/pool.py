@@ -52,10 +52,7 @@ log = logging.getLogger(__name__)
 
 
 def plan_teachers(settings: TeacherSettings, data: TeacherData, accelerator: str) -> list[PlannedTeacher]:
-    """Checks the first `count` members of the pool against the data set.
-
-    Returns:
-        One plan per teacher; none has been loaded or trained.
+    """Checks the first `count` members of the pool against the data set; loads and trains none.
 
     Raises:
         UserError: If the pool is empty, a name is unknown, or a teacher does not fit the data or returns no logits.
@@ -76,8 +73,7 @@ def plan_teachers(settings: TeacherSettings, data: TeacherData, accelerator: str
 def _of_classes(plan: PlannedTeacher, key: str, count: int) -> PlannedTeacher:
     """Returns the plan; if its teacher predicts another number of classes, as a teacher of features alone.
 
-    Raises:
-        UserError: If it predicts another number, and has no linear classifier that could be replaced.
+    One without a linear classifier, which could be replaced, is refused.
     """
     spec = plan.spec
     if spec.num_classes == count:
@@ -99,8 +95,7 @@ def _of_classes(plan: PlannedTeacher, key: str, count: int) -> PlannedTeacher:
 def check_teachers(plans: Sequence[PlannedTeacher]) -> list[str | None]:
     """Reads the teachers that need no training, and checks that the others can be trained; changes no run.
 
-    Returns:
-        SHA-256 of each teacher's weights; None for one that has to be trained.
+    Returns the SHA-256 of each teacher's weights; None for one that has to be trained.
 
     Raises:
         UserError: If weights are missing, damaged or do not fit, or the store cannot be written.

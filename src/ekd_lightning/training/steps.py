@@ -74,11 +74,7 @@ def optimizer_class(name: str, key: str) -> type[Optimizer]:
 
 
 def check_optimizer(recipe: RecipeSettings, key: str) -> None:
-    """Checks the recipe's optimiser by building it for a convolution; `key` is the dotted key of the recipe.
-
-    Raises:
-        UserError: As `make_optimizer`.
-    """
+    """Checks the recipe's optimiser by building it for a convolution; raises as `make_optimizer`."""
     make_optimizer([nn.Parameter(torch.zeros(1, 1, 1, 1))], recipe, 1, key=key)
 
 

@@ -56,11 +56,7 @@ def _types() -> dict[str, Any]:
 
 
 def check_trainer(flags: dict[str, Any]) -> None:
-    """Checks flags for unknown names, values of another type, and flags that other settings replace.
-
-    Raises:
-        UserError: At the first such flag.
-    """
+    """Refuses unknown flags, values of another type, and flags that other settings replace by a `UserError`."""
     if str(flags.get("precision")) in ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16"):
         raise UserError(
             f"trainer.precision={flags['precision']}: would cast the teachers, which must stay float32; use bf16-mixed"

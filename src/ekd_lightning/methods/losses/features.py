@@ -40,14 +40,9 @@ NCE_EPS = 1e-7
 
 
 def to_common_size(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Averages two maps (`average_pool`) to the smaller height and the smaller width; vectors stay unchanged.
+    """Averages two maps (`average_pool`), [B, C_1, H_1, W_1] and [B, C_2, H_2, W_2], to the smaller height and width.
 
-    Args:
-        first: [B, C_1, H_1, W_1] or [B, D_1].
-        second: [B, C_2, H_2, W_2] or [B, D_2].
-
-    Returns:
-        [B, C_1, min(H_1, H_2), min(W_1, W_2)] and the same with C_2, or the unchanged vectors.
+    Vectors [B, D_1] and [B, D_2] stay unchanged.
     """
     if first.shape[2:] == second.shape[2:]:
         return first, second
@@ -58,12 +53,8 @@ def to_common_size(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 def attention_map(features: Tensor) -> Tensor:
     """Q / ‖Q‖₂ with Q = mean_c f_c², the attention map of Zagoruyko and Komodakis (2017, section 3.1) for p = 2.
 
-    Args:
-        features: [B, C, H, W].
-
-    Returns:
-        [B, H·W], rows of length 1 (0 where all features are 0), float32 or wider, >= 0; invariant to the order of the
-        channels and to positive factors.
+    Maps features [B, C, H, W] to [B, H·W] >= 0, rows of length 1 (0 where all features are 0), float32 or wider;
+    invariant to the order of the channels and to positive factors.
     """
     return functional.normalize(at_least_float32(features).square().mean(1).flatten(1))
 
@@ -91,16 +82,10 @@ def attention_loss(student: Tensor, teacher: Tensor, form: str = "squared") -> T
 
 
 def directions(vectors: Tensor) -> Tensor:
-    """Normalises vectors to length 1; (nearly) zero vectors become 0, with gradient 0.
+    """Normalises vectors [..., D] to length 1; (nearly) zero vectors become 0, with gradient 0.
 
     Published code divides by max(length, 1e-12) instead, which multiplies gradients by 1e12 at 0: for two images with
-    equal features, or an image whose features are all 0.
-
-    Args:
-        vectors: [..., D].
-
-    Returns:
-        The same shape; invariant to a common positive factor of all vectors.
+    equal features, or an image whose features are all 0. Invariant to a common positive factor of all vectors.
     """
     squared = vectors.square().sum(-1, keepdim=True)
     long = squared > SHORTEST**2 * squared.detach().mean()
@@ -110,12 +95,8 @@ def directions(vectors: Tensor) -> Tensor:
 def relative_distances(features: Tensor) -> Tensor:
     """Distances between all pairs of images over their mean (Park et al., CVPR 2019, equations 6 and 7).
 
-    Args:
-        features: [B, D] with B >= 2.
-
-    Returns:
-        [B, B], float32 or wider, 0 on the diagonal; invariant to translation, rotation and scaling of the features.
-        All 0 if all features are equal.
+    Maps features [B, D], B >= 2, to [B, B], float32 or wider, 0 on the diagonal; invariant to translation, rotation and
+    scaling of the features. All 0 if all features are equal.
     """
     x = at_least_float32(features)
     # From differences, not from the Gram matrix: exact for close features, and unaffected by autocast.
@@ -130,11 +111,8 @@ def relative_distances(features: Tensor) -> Tensor:
 def angles(features: Tensor) -> Tensor:
     """Cosine of the angle at image j between images i and k, for all triples (Park et al. 2019, equation 9).
 
-    Args:
-        features: [B, D].
-
-    Returns:
-        [B, B, B], indices j, i, k; float32 or wider; 0 if i or k is j, or has the same features as j.
+    Maps features [B, D] to [B, B, B], indices j, i, k; float32 or wider; 0 if i or k is j, or has the same features as
+    j.
     """
     x = at_least_float32(features)
     from_j = directions(x[None] - x[:, None])
@@ -144,12 +122,8 @@ def angles(features: Tensor) -> Tensor:
 def similarities(features: Tensor) -> Tensor:
     """Rows of the batch's Gram matrix, normalised to length 1 (Tung and Mori, ICCV 2019, equation 2).
 
-    Args:
-        features: [B, ...], flattened here.
-
-    Returns:
-        [B, B], float32 or wider; invariant to rotation and scaling of the features. The row of an image whose features
-        are all 0 is 0.
+    Maps features [B, ...], flattened here, to [B, B], float32 or wider; invariant to rotation and scaling of the
+    features. The row of an image whose features are all 0 is 0.
     """
     x = at_least_float32(features).flatten(1)
     return directions(x @ x.T)
@@ -158,12 +132,8 @@ def similarities(features: Tensor) -> Tensor:
 def distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Huber loss between the relative distances of all pairs: RKD-D of Park et al., CVPR 2019, section 3.2.1.
 
-    Args:
-        student: [B, D] with B >= 2.
-        teacher: [B, D_m], detached here.
-
-    Returns:
-        Scalar >= 0, the mean over all B² entries including the diagonal, as published; the Huber threshold is 1.
+    Maps features [B, D] and [B, D_m], B >= 2, the teacher's detached here, to a scalar >= 0: the mean over all B²
+    entries including the diagonal, as published; the Huber threshold is 1.
     """
     return functional.smooth_l1_loss(relative_distances(student), relative_distances(teacher.detach()))
 
@@ -171,12 +141,8 @@ def distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Huber loss between the angles of all triples: RKD-A of Park et al., CVPR 2019, section 3.2.2.
 
-    Args:
-        student: [B, D].
-        teacher: [B, D_m], detached here.
-
-    Returns:
-        Scalar >= 0, the mean over all B³ entries; the Huber threshold is 1.
+    Maps features [B, D] and [B, D_m], the teacher's detached here, to a scalar >= 0: the mean over all B³ entries; the
+    Huber threshold is 1.
     """
     return functional.smooth_l1_loss(angles(student), angles(teacher.detach()))
 
@@ -184,12 +150,7 @@ def angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def similarity_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """‖S_t - S_s‖²_F / B² with the batch's similarities S: SP of Tung and Mori, ICCV 2019, equation 4.
 
-    Args:
-        student: [B, ...].
-        teacher: [B, ...], detached here; its shape after B may differ from the student's.
-
-    Returns:
-        Scalar >= 0.
+    Maps features [B, ...], which may differ in shape after B, the teacher's detached here, to a scalar >= 0.
     """
     return functional.mse_loss(similarities(student), similarities(teacher.detach()))
 

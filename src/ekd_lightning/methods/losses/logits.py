@@ -28,14 +28,7 @@ STD_EPS = 1e-7
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Converts half-precision tensors to float32 and returns wider ones unchanged.
-
-    Args:
-        x: Floating point, any shape.
-
-    Returns:
-        The same values, float32 or float64.
-    """
+    """Converts half-precision tensors of any shape to float32 and returns wider ones unchanged."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -61,12 +54,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
 def without_masked(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     """Makes masked classes (log p is -inf) contribute 0 to Σ_c p_c (log p_c - log q_c), whatever log q is.
 
-    Args:
-        log_p: Log-probabilities, any shape.
-        log_q: The same shape.
-
-    Returns:
-        Both tensors, set to 0 where log p is -inf, so that no gradient flows there.
+    Both tensors, of one shape, are set to 0 where log p is -inf, so that no gradient flows there.
     """
     masked = log_p.isneginf()
     return log_p.masked_fill(masked, 0.0), log_q.masked_fill(masked, 0.0)
@@ -107,13 +95,8 @@ def kd_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: f
 def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """H(p_T(t), p_T(s)) averaged over the images, without T²: Romero et al. (ICLR 2015, equation 2), BSS (AAAI 2019).
 
-    Args:
-        student_logits: [B, C].
-        teacher_logits: [B, C], detached here.
-        temperature: T > 0.
-
-    Returns:
-        Scalar >= 0, float32 or wider, in nats; its gradient is that of `kd_divergence` over T².
+    Maps logits [B, C] of both, the teacher's detached here, to a scalar >= 0 in nats, float32 or wider; its gradient is
+    that of `kd_divergence` over T².
     """
     teacher = (at_least_float32(teacher_logits).detach() / temperature).softmax(-1)
     return functional.cross_entropy(at_least_float32(student_logits) / temperature, teacher)
@@ -212,13 +195,7 @@ def standardized(logits: Tensor) -> Tensor:
     """(z - mean(z)) / (std(z) + 1e-7) over the classes, with the sample standard deviation, as published.
 
     Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024, section 4.2. Invariant, up to the 1e-7, to
-    affine maps of an image's logits with a positive factor.
-
-    Args:
-        logits: [..., C] with C >= 2.
-
-    Returns:
-        The same shape, float32 or wider.
+    affine maps of an image's logits with a positive factor. Keeps the shape [..., C], C >= 2; float32 or wider.
     """
     wide = at_least_float32(logits)
     return (wide - wide.mean(-1, keepdim=True)) / (wide.std(-1, keepdim=True) + STD_EPS)
@@ -227,15 +204,9 @@ def standardized(logits: Tensor) -> Tensor:
 def mutual_divergence(branch_logits: Tensor, temperature: float) -> Tensor:
     """mean_k 1/(K-1) Σ_{l≠k} T² KL(p_T(z_l) ‖ p_T(z_k)): every network imitates all others.
 
-    Deep Mutual Learning (Zhang, Xiang, Hospedales and Lu, CVPR 2018, equations 4 to 6 and their extension to
-    more networks), which has T = 1.
-
-    Args:
-        branch_logits: [K, B, C] with K >= 2; detached where they are targets.
-        temperature: T > 0.
-
-    Returns:
-        Scalar >= 0 in nats, float32 or wider.
+    Deep Mutual Learning (Zhang, Xiang, Hospedales and Lu, CVPR 2018, equations 4 to 6 and their extension to more
+    networks), which has T = 1. Maps logits [K, B, C], K >= 2, detached where they are targets, to a scalar >= 0 in
+    nats.
     """
     K = len(branch_logits)
     # A stack of views: indexing by a list would copy the indices to the device in every step.
@@ -266,14 +237,8 @@ def ambiguity(branch_logits: Tensor) -> Tensor:
     """mean_k KL(p_geo ‖ p_k), the gain in log-likelihood of the averaged logits over the mean branch.
 
     p_geo = softmax(mean_k z_k) is the normalised geometric mean of the branches. For it the ambiguity decomposition
-    NLL(ensemble) = mean_k NLL_k - ambiguity is exact for every label.
-
-    Args:
-        branch_logits: [K, B, C].
-
-    Returns:
-        Scalar >= 0 (up to rounding) in nats, float32 or wider, averaged over the batch; 0 if the probabilities of all
-        branches are equal.
+    NLL(ensemble) = mean_k NLL_k - ambiguity is exact for every label. Maps logits [K, B, C] to a scalar >= 0 (up to
+    rounding) in nats, averaged over the batch; it is 0 if the probabilities of all branches are equal.
     """
     log_probs_KBC = functional.log_softmax(at_least_float32(branch_logits), dim=-1)
     # log p_geo = m - logsumexp(m) with m = mean_k log p_k, so mean_k KL(p_geo ‖ p_k) = -logsumexp(m).

@@ -30,15 +30,10 @@ FEASIBLE = 1e-9
 
 
 def divergences(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """T² · KL(softmax(t_m / T) ‖ softmax(z / T)) of every teacher and image.
+    """T² · KL(softmax(t_m / T) ‖ softmax(z / T)) of every teacher and image: [M, B] in nats, float32 or wider.
 
-    Args:
-        student_logits: [B, C], with gradients.
-        teacher_logits: [M, B, C], detached here. Classes of -inf have probability 0 and contribute 0.
-        temperature: T > 0.
-
-    Returns:
-        [M, B], float32 or wider, in nats.
+    The student's logits are [B, C], the teachers' [M, B, C], detached here. Classes of -inf have probability 0 and
+    contribute 0.
     """
     student = functional.log_softmax(at_least_float32(student_logits) / temperature, dim=-1)
     teacher = functional.log_softmax(at_least_float32(teacher_logits).detach() / temperature, dim=-1)
@@ -48,14 +43,9 @@ def divergences(student_logits: Tensor, teacher_logits: Tensor, temperature: flo
 
 
 def cross_entropies(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of every teacher on every image.
+    """Cross-entropy [M, B] of every teacher on every image, in nats, from logits [M, B, C]; float32 or wider.
 
-    Args:
-        logits: [M, B, C].
-        targets: int64 [B], or probabilities [B, C].
-
-    Returns:
-        [M, B], float32 or wider, in nats; inf where a teacher masks (-inf) the class of the label.
+    Targets are classes, int64 [B], or probabilities [B, C]; inf where a teacher masks (-inf) the class of the label.
     """
     log_probs = functional.log_softmax(at_least_float32(logits), dim=-1)
     if targets.is_floating_point():
@@ -125,13 +115,7 @@ def _one_minus(shares: Tensor, num_teachers: int) -> Tensor:
 def logit_gradients(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """T (softmax(z / T) - softmax(t_m / T)): the gradient of each image's T² KL(t_m ‖ z) to the student's logits.
 
-    Args:
-        student_logits: [B, C].
-        teacher_logits: [M, B, C].
-        temperature: T > 0.
-
-    Returns:
-        [M, B, C], detached, float32 or wider.
+    Maps logits [B, C] and [M, B, C] to [M, B, C], detached, float32 or wider.
     """
     student = functional.softmax(at_least_float32(student_logits).detach() / temperature, dim=-1)
     teacher = functional.softmax(at_least_float32(teacher_logits).detach() / temperature, dim=-1)
