@@ -8,6 +8,7 @@ from pathlib import Path
 from ekd_lightning.errors import UserError, one_line, require, unknown_name
 from ekd_lightning.files import DamagedFileError, read_json
 from ekd_lightning.networks.deploy import SUFFIXES
+from ekd_lightning.networks.deployed import DeployedModel, load_deployed
 
 STUDENTS = Path(__file__).parents[1] / "students"
 """Folder of the package's own students: NAME.safetensors, and its model card NAME.md."""
@@ -15,6 +16,24 @@ HUB_FILE = "student.safetensors"
 """The only file that is fetched from a student's repository on the hub."""
 _FILE = re.compile(rf"student[\w.]*({'|'.join(map(re.escape, SUFFIXES.values()))})", re.ASCII)
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def load(name: str | Path, device: str = "cpu", *, revision: str | None = None) -> DeployedModel:
+    """Loads an exported student for inference; no code of the file is executed.
+
+    Args:
+        name: A file that `ekd-export` wrote, the name of a student in the package (`resnet8-ekd-cifar10`), or USER/REPO
+            on the Hugging Face hub, whose `student.safetensors` is read.
+        device: Device of the model.
+        revision: Branch, tag or commit of the repository.
+
+    Returns:
+        The model: `model(images)` gives logits [B, C] for images [B, 3, H, W] in [0, 1].
+
+    Raises:
+        UserError: If there is no such student, the hub cannot be reached, or a package is missing.
+    """
+    return load_deployed(find_student(name, revision), device)
 
 
 def find_student(name: str | Path, revision: str | None = None) -> Path:
