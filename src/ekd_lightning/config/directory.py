@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
@@ -41,9 +41,6 @@ from ekd_lightning.runs.lock import (
 )
 from ekd_lightning.runs.writer import RunWriter, is_rank_zero
 from ekd_lightning.settings import check_name
-
-if TYPE_CHECKING:
-    from torch.distributed import TCPStore
 
 _OUTSIDE_LAUNCHERS = ("LOCAL_RANK", "RANK", "SLURM_PROCID", "TORCHELASTIC_RUN_ID")
 _PATIENCE = timedelta(minutes=5)  # machines of one job start at different times
@@ -184,22 +181,18 @@ def agree(key: str, decide: Callable[[], Path], *, nodes: int = 1, known: Path |
     return Path(decided)
 
 
-def _store() -> type[TCPStore]:
-    from torch.distributed import TCPStore  # noqa: PLC0415 (slow)
-
-    return TCPStore
-
-
 def _meeting_place() -> tuple[Any, int, int]:
     """The store by which processes of torchrun or SLURM communicate (None without), their number, and this rank."""
+    if not {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"} & os.environ.keys():
+        return None, 1, 0
+    from torch.distributed import TCPStore  # noqa: PLC0415 (slow)
+
     if "TORCHELASTIC_RUN_ID" in os.environ:
         world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
         if world == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             return None, world, rank
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return _store()(*place, is_master=False, timeout=_PATIENCE), world, rank
-    if "SLURM_PROCID" not in os.environ:
-        return None, 1, 0
+        return TCPStore(*place, is_master=False, timeout=_PATIENCE), world, rank
     from pytorch_lightning.plugins.environments import SLURMEnvironment  # noqa: PLC0415 (slow)
 
     try:
@@ -210,7 +203,7 @@ def _meeting_place() -> tuple[Any, int, int]:
         return None, 1, 0
     # The port after Lightning's, which Lightning opens itself right after this.
     place, rank = (slurm.main_address, slurm.main_port + 1), slurm.global_rank()
-    return _store()(*place, world, is_master=rank == 0, timeout=_PATIENCE), world, rank
+    return TCPStore(*place, world, is_master=rank == 0, timeout=_PATIENCE), world, rank
 
 
 def is_started_rank() -> bool:

@@ -31,18 +31,7 @@ def cut_branches(student: BranchedStudent, branches: Sequence[int]) -> BranchedS
     Raises:
         UserError: If `branches` is empty, or has a position that does not exist or occurs twice.
     """
-    kept = list(branches)
-    _check_kept(kept, student.num_branches)
-    cut = copy.deepcopy(student)
-    cut.branches = nn.ModuleList(cut.branches[k] for k in kept)
-    if cut.gate is not None and len(kept) == 1:
-        cut.gate, cut.ensemble = None, "mean_logits"
-    elif cut.gate is not None:
-        cut.gate.keep(kept)
-    return cut
-
-
-def _check_kept(kept: list[int], count: int) -> None:
+    kept, count = list(branches), student.num_branches
     if not kept:
         raise UserError(f"branches=[] is not allowed; keep at least 1 of the branches 0 to {count - 1}")
     for k in kept:
@@ -50,6 +39,13 @@ def _check_kept(kept: list[int], count: int) -> None:
             raise UserError(f"branches={kept}: the student has branches 0 to {count - 1}, not {k!r}")
     if len(set(kept)) < len(kept):
         raise UserError(f"branches={kept}: a branch is named twice; give each branch once")
+    cut = copy.deepcopy(student)
+    cut.branches = nn.ModuleList(cut.branches[k] for k in kept)
+    if cut.gate is not None and len(kept) == 1:
+        cut.gate, cut.ensemble = None, "mean_logits"
+    elif cut.gate is not None:
+        cut.gate.keep(kept)
+    return cut
 
 
 def fold_branches(student: BranchedStudent) -> BranchedStudent:

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ekd_lightning.errors import UserError, require
 from ekd_lightning.evaluation.predict import Agreement, compare_logits, default_tolerance, predict_logits
+from ekd_lightning.evaluation.robustness import spread_index
 from ekd_lightning.files import DamagedFileError, file_sha256, read_json, remove_parts, replacing, write_json
 from ekd_lightning.networks import BranchedStudent, cut_branches, fold_branches
 from ekd_lightning.networks.deploy import SUFFIXES, DeployedStudent, pack_metadata, quantize_onnx, to_bytes
@@ -133,16 +131,9 @@ def export_student(
 ) -> dict[str, Any]:
     """Writes the files, checks each on all test images, and records them in export.json, whose content is returned.
 
-    The caller must hold the folder's lock, see `exporting`. A file gets its name only after its check. Files of the
-    same student in the folder are kept, with their entries in export.json. `force` overwrites files, and replaces the
-    export of another student.
-
-    Args:
-        context: The run; its student has the weights to export, on the CPU.
-        provenance: Content of the run's provenance.json.
-        folder: Folder of the files; made if missing.
-        options: Options of the export.
-        force: See above.
+    The caller must hold the folder's lock, see `exporting`. The context's student, on the CPU, has the weights to
+    export. A file gets its name only after its check. Files of the same student in the folder are kept, with their
+    entries in export.json. `force` overwrites files, and replaces the export of another student.
 
     Raises:
         UserError: If a branch does not exist, branches do not fold, a file exists, the folder holds another student, or
@@ -205,19 +196,14 @@ def _contents(
     if options.int8:
         onnx = onnx or to_bytes(deployed, metadata, "onnx")
         strings = pack_metadata({**metadata, "precision": "int8", "spec": deployed.spec})
-        index = _spread(context.subset.train_index, options.calibration_images)
+        known = context.subset.train_index
+        index = known[spread_index(len(known), options.calibration_images)]  # covers a data set sorted by class
         facts = {"format": "onnx", "precision": "int8", "folded": True, "outputs": deployed.outputs}
         facts["calibration_images"] = len(index)
         pixels = context.dataset.train.images[index].split(_CALIBRATION_BATCH)
         with part("quantising"):
             content = quantize_onnx(onnx, (some.float().div_(255).numpy() for some in pixels), strings)
         yield INT8, facts, content
-
-
-def _spread(index: Tensor, count: int) -> Tensor:
-    """Returns `count` indices, evenly spread, so that a data set sorted by class is covered."""
-    count = min(count, len(index))
-    return index[torch.linspace(0, len(index) - 1, count).long()]
 
 
 def _require_agreement(path: Path, found: Agreement, max_drop: float | None) -> None:
