@@ -36,7 +36,6 @@ class Purpose:
     """Role of a setting, and how freely it may change.
 
     Attributes:
-        role: Its role.
         exact: For a free setting, whether all numbers stay the same to the last bit; False if it changes rounding.
         between_parts: Whether it may change when a stopped run continues, whatever its role.
     """
@@ -98,14 +97,7 @@ ALLOWED = "allowed"
 
 @dataclass(frozen=True)
 class Range:
-    """Finite numbers between two bounds.
-
-    Attributes:
-        low: Lower bound.
-        high: Upper bound.
-        above: Whether the lower bound is excluded.
-        below: Whether the upper bound is excluded.
-    """
+    """Finite numbers between two bounds; `above` and `below` exclude the lower and the upper one."""
 
     low: float
     high: float = math.inf

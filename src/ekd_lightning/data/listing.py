@@ -46,11 +46,9 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Listing:
-    """Images by split.
+    """Images by split: `train` and possibly others of `SPLITS`.
 
     Attributes:
-        splits: Rows by split; `train` and possibly others of `SPLITS`.
-        class_names: C names.
         load: Returns the content of a file, or an image, for a row's item; called by several threads.
         source: Description of the images' origin.
     """

@@ -278,18 +278,10 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """Evaluation batches, in which every image occurs exactly once with `valid=True` over all processes.
+    """Evaluation batches, in which every image of `index`, int64 [N], occurs once with `valid=True` over all processes.
 
     All processes get the same number of equally long batches, with at most `batch_size` images and as little padding as
-    possible; padding rows repeat the last image with `valid=False`.
-
-    Args:
-        image_set: The set that `index` refers to.
-        index: int64 [N], the positions to evaluate, in this order.
-        identity_view: Number of the view that leaves images unchanged; None if there is none (`Batch.view` is then -1).
-        batch_size: The largest number of images per process and batch.
-        world_size: Number of processes.
-        rank: Number of this process, 0 .. world_size-1.
+    possible; padding rows repeat the last image with `valid=False`. `Batch.view` is `identity_view`, or -1 for None.
 
     Raises:
         UserError: For a batch size below 1.

@@ -82,15 +82,8 @@ class Identity:
 class CropFlip:
     """Crop-and-flip views: zero padding, any crop of the original size, and optionally a horizontal flip.
 
-    With P = 2 padding + 1 positions along each axis, view = flip P² + top P + left: the views without flip
-    come first, in reading order. Padding 4 gives 81 crops and, with flips, V = 162.
-
-    Args:
-        padding: Pixels added on every side, at least 0.
-        flip: Whether the family contains mirrored views.
-
-    Raises:
-        UserError: For a negative padding.
+    With P = 2 padding + 1 positions along each axis, view = flip P² + top P + left: the views without flip come first,
+    in reading order. Padding 4 gives 81 crops and, with flips, V = 162. A negative padding is a `UserError`.
     """
 
     def __init__(self, padding: int = 4, flip: bool = True) -> None:
@@ -119,15 +112,11 @@ class Pool:
     """A pool of V random views per image, of augmentations without a finite number of views.
 
     View v of image i is a pure function of (i, v, the pool's seed, the augmentations with their options), with random
-    numbers from `Draws` on the images' device.
-
-    Args:
-        augmentations: Augmentations in order of application, each with a key of its name and options.
-        num_views: V, 1 .. 2^31 - 1.
-        seed: Seed of the pool. It is separate from a run's seed, so that runs with one pool share teacher tables.
+    numbers from `Draws` on the images' device. The augmentations, each with a key of its name and options, are applied
+    in order. The seed is separate from a run's seed, so that runs with one pool share teacher tables.
 
     Raises:
-        UserError: For any other number of views.
+        UserError: Unless V is in 1 .. 2^31 - 1.
     """
 
     identity_view = None

@@ -45,13 +45,7 @@ _BLOCKS = 9
 
 @dataclass(frozen=True)
 class Latency:
-    """Time of one forward pass, from nine blocks of passes.
-
-    Attributes:
-        median: Median of the blocks' means, in seconds.
-        iqr: Interquartile range of the blocks' means, in seconds.
-        threads: Number of PyTorch's threads.
-    """
+    """Time of one forward pass: median and interquartile range of the means of nine blocks of passes, in seconds."""
 
     median: float
     iqr: float

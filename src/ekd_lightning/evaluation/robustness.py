@@ -62,9 +62,6 @@ def corrupt(
         seed: Seed of the corrupted set.
         frost: Photographs from `read_frost`, for the corruption frost.
 
-    Returns:
-        uint8 [N, 3, S, S] on the images' device.
-
     Raises:
         UserError: For an unknown name or severity, or for frost without photographs larger than the images.
         ValueError: For images of another type or shape.

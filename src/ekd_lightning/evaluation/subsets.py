@@ -26,26 +26,16 @@ THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
 
 class Cost(NamedTuple):
-    """Cost of a network.
-
-    Attributes:
-        macs: Multiply-accumulates for one image.
-        num_parameters: Number of parameters.
-    """
+    """Cost of a network: multiply-accumulates for one image, and the number of parameters."""
 
     macs: int
     num_parameters: int
 
 
 class SubsetScores(NamedTuple):
-    """Scores and cost of a student with some of its branches.
+    """Scores of a student with some of its branches, counted from 0 in order, and the cost of these branches alone.
 
-    Attributes:
-        branches: Numbers of the branches, counted from 0, ascending.
-        accuracy: In [0, 1].
-        nll: Mean negative log-likelihood in nats.
-        macs: Multiply-accumulates for one image.
-        num_parameters: Number of parameters with these branches only.
+    The accuracy is in [0, 1], the mean negative log-likelihood in nats; costs as in `Cost`.
     """
 
     branches: list[int]
@@ -56,13 +46,9 @@ class SubsetScores(NamedTuple):
 
 
 class EarlyExit(NamedTuple):
-    """Scores and cost of a student that stops after the first branch at which it is confident.
+    """Scores of a student that stops after the first branch at which its confidence exceeds a threshold.
 
-    Attributes:
-        threshold: Confidence above which it stops.
-        accuracy: In [0, 1].
-        mean_branches: Mean number of branches that are evaluated for an image.
-        macs: Mean multiply-accumulates for one image.
+    The accuracy is in [0, 1]; numbers of evaluated branches and of multiply-accumulates are means over the images.
     """
 
     threshold: float

@@ -101,7 +101,7 @@ def needs_teachers(terms: Mapping[str, Mapping[str, Any]]) -> bool:
 
 
 def terms_with_labels(terms: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], bool]:
-    """Returns the names of the terms that use only labelled images, and whether no others are left.
+    """Returns the names of the terms that use only labelled images, and whether these are all terms.
 
     It raises as `build_method`.
     """

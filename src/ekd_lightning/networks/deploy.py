@@ -37,6 +37,10 @@ EXPORTERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
 class DeployedStudent(nn.Module):
     """A copy of a student for inference: it normalises images itself, has no gradients, and takes batches of any size.
 
+    Branches are selected first by `cut_branches`. With `fold`, batch norms are folded into the convolutions (or the
+    gate's linear layer) before them; batch norms without a convolution before them (in pre-activation networks) stay.
+    With `probabilities` these are returned as well as logits.
+
     Attributes:
         spec: Everything that determines its structure (not its weights), JSON-able: `network`, the `NetworkSpec` of
             trunk and branches as a dictionary; `branches`, `split_after` and `ensemble` of the student; whether it is
@@ -44,14 +48,6 @@ class DeployedStudent(nn.Module):
     """
 
     def __init__(self, student: BranchedStudent, *, fold: bool = True, probabilities: bool = False) -> None:
-        """Copies the student, which does not change; select branches first by `cut_branches`.
-
-        Args:
-            student: The student, with its final weights.
-            fold: Whether batch norms are folded into the convolutions (or the gate's linear layer) before them; batch
-                norms without a convolution before them (in pre-activation networks) stay.
-            probabilities: Whether probabilities are returned as well as logits.
-        """
         super().__init__()
         structure = student.arguments()
         del structure["branch_gradients"]  # of the training
@@ -85,13 +81,9 @@ class DeployedStudent(nn.Module):
         return ["logits", "probabilities"] if self.spec["probabilities"] else ["logits"]
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Classifies images.
+        """Maps images, float32 RGB [B, 3, H, W] in [0, 1], not normalised, to logits [B, C]; see `couple`.
 
-        Args:
-            images: float32 [B, 3, H, W] in [0, 1], RGB, not normalised.
-
-        Returns:
-            Logits [B, C] (log-probabilities for `mean_probs`); with `probabilities`, logits and probabilities [B, C].
+        With `probabilities`, returns logits and probabilities [B, C].
         """
         logits = self.network(images)
         return (logits, logits.softmax(dim=-1)) if self.spec["probabilities"] else logits

@@ -26,7 +26,7 @@ from ekd_lightning.networks.staged import (
     resized,
     stage_and_grid,
 )
-from ekd_lightning.networks.student import Branch, BranchedStudent, Gate, couple
+from ekd_lightning.networks.student import Branch, BranchedStudent, couple
 
 log = logging.getLogger(__name__)
 
@@ -66,14 +66,16 @@ class _Frozen(nn.Module):
 
 
 class FrozenNetwork(_Frozen):
-    """A copy of a staged network for inference.
+    """A copy of a staged network for inference, in eval mode and without gradients; the network does not change.
 
-    Normalisation, pooling and the head use float32, whatever the `dtype` of the convolutions: half precision would
-    cost accuracy there without saving time.
+    Normalisation, pooling and the head use float32, whatever the `dtype` of the convolutions: half precision would cost
+    accuracy there without saving time. With `fold`, batch norms are folded into the convolutions before them, and
+    outputs of stages are equal within rounding.
 
     Attributes:
-        dtype: Floating-point type of the stages.
-        stage_names: Stages whose outputs are returned, averaged if their names have a grid; in order of execution.
+        dtype: Floating-point type of the stages: torch.float32 or torch.bfloat16.
+        stage_names: Stages whose outputs are returned, in order of execution; `last` is any network's last stage, and
+            outputs are averaged if the names have a grid (`staged.on_grid`).
     """
 
     def __init__(
@@ -85,16 +87,6 @@ class FrozenNetwork(_Frozen):
         channels_last: bool = True,
         stage_names: Sequence[str] = (),
     ) -> None:
-        """Copies the network, which does not change; the copy is in eval mode and has no gradients.
-
-        Args:
-            network: The network, with the batch norm statistics of inference.
-            dtype: Floating-point type of the stages: torch.float32 or torch.bfloat16.
-            fold: Whether batch norms are folded into the convolutions before them; outputs of stages are then equal
-                within rounding.
-            channels_last: Whether the stages use the channels-last memory format.
-            stage_names: Stages whose outputs are returned, or `last`, with or without a grid (`staged.on_grid`).
-        """
         super().__init__()
         order = network.stage_names
         own = {name: own_stage(stage_and_grid(name)[0], order) for name in stage_names}
@@ -148,7 +140,6 @@ class FrozenStudent(_Frozen):
         fold: bool = True,
         channels_last: bool = True,
     ) -> None:
-        """Copies the student, which does not change; see `FrozenNetwork`."""
         super().__init__()
         student = copy.deepcopy(student).eval()
         self._take(student.trunk.normalize, dtype, fold, channels_last)
@@ -158,7 +149,9 @@ class FrozenStudent(_Frozen):
         self.necks = nn.ModuleList(self._frozen_neck(branch.neck) for branch in own)
         self.heads = nn.ModuleList(branch.head for branch in own)
         self.ensemble = student.ensemble
-        self.gate = _folded_gate(student.gate) if fold and student.gate is not None else student.gate
+        self.gate = student.gate
+        if fold and self.gate is not None and isinstance(self.gate.bn, nn.BatchNorm1d):
+            self.gate.fc, self.gate.bn = fuse_linear_bn_eval(self.gate.fc, self.gate.bn), nn.Identity()
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -181,10 +174,3 @@ def _folded(stage: nn.Module, name: str) -> nn.Module:
     except Exception as error:
         log.info("batch norms of %s are not folded, because it cannot be traced (%s)", name, error)
         return stage
-
-
-def _folded_gate(gate: Gate) -> Gate:
-    """Folds the gate's batch norm into its linear layer, in place."""
-    if isinstance(gate.bn, nn.BatchNorm1d):
-        gate.fc, gate.bn = fuse_linear_bn_eval(gate.fc, gate.bn), nn.Identity()
-    return gate

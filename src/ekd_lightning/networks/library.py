@@ -43,7 +43,6 @@ class Published:
     """The configuration that a library publishes for a network.
 
     Attributes:
-        normalization: The normalisation of its images.
         image_size: Side of its images in pixels.
         fixed: Whether the network accepts no other image size.
         num_classes: Number of classes of the published weights.
@@ -57,10 +56,9 @@ class Published:
 
 @dataclass(frozen=True)
 class LibraryWeights:
-    """A network of a library and its weights.
+    """A network of a library, by its name with the library's prefix, and its weights.
 
     Attributes:
-        name: The network's name, with its library's prefix.
         usual: The library's configuration of the network; None if there is none.
         path: The file of the weights; None for the published weights.
     """

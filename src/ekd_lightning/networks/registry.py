@@ -169,11 +169,7 @@ Cost = Callable[[nn.Module], int]
 class Match:
     """A plain network that comes near a target cost.
 
-    Attributes:
-        network: Its registered name.
-        options: Its options that differ from the network's defaults.
-        cost: Its cost, in the unit of the target.
-        target: The target cost.
+    Its options are those that differ from the network's defaults; its cost is in the unit of the target.
     """
 
     network: str

@@ -27,18 +27,12 @@ class ZooEntry:
 
     Attributes:
         id: its name in the zoo.
-        data: the data set of its training, `cifar10` or `cifar100`.
-        network: its registered network.
-        num_classes: C.
         normalization: name of its normalisation.
         key_map: name of the map from the file's tensor names to this package's, see `convert.KEY_MAPS`.
         file: the file's name in a folder of weights.
-        url: address of the published file.
         sha256: SHA-256 of the file; other files of its name are refused.
         accuracy: top-1 in percent on the 10,000 official test images.
         source: author and origin of the file.
-        licence: licence of the file.
-        options: options of the network.
     """
 
     id: str

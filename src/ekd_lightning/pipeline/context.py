@@ -88,11 +88,8 @@ class EvaluationContext:
     """A trained student, its data, and its teachers.
 
     Attributes:
-        settings: Settings of the run.
         result: Result of the run so far (`num_branches`, `assignment`, ...).
         student: The student, in eval mode, on `device`.
-        dataset: All training and test images.
-        subset: Training images (`train_index`) and validation images (`val_index`) of the run.
         device: Device of all computations.
         gather: Loads the run's teachers; None if it had none.
         started: When the opened run, or its last part, was started; None if unknown.

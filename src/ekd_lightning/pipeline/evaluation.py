@@ -225,11 +225,9 @@ _SECONDS = {"predictions": 8, "generalisation": 9, "flatness": 70, "corruptions"
 
 
 class Outcome(NamedTuple):
-    """Outcome of an evaluation.
+    """Outcome of an evaluation: the result with all findings, the parts that were run, and the failures.
 
     Attributes:
-        result: The result with all findings.
-        done: Parts that were run.
         skipped: Parts whose findings were already recorded.
         errors: The error of each part that failed, in one line.
     """

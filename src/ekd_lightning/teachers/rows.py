@@ -220,6 +220,8 @@ def _select(column: Tensor, rows: Rows) -> Tensor:
 class DeviceRows:
     """Rows of M teachers in device memory, which a step looks up without waiting for the host.
 
+    There is space for all rows of the images, int64 [n] positions in the whole training set, where the device has it,
+    else for one row of each. `shapes` are for each teacher its columns, and the shape of one image's values in each.
     The buffers are changed in place, so that a CUDA graph may read them. A missing row reads as NaN, so that the loss
     becomes NaN and the student does not learn from a wrong target.
 
@@ -228,15 +230,6 @@ class DeviceRows:
     """
 
     def __init__(self, shapes: Shapes, images: Rows, num_images: int, num_views: int, device: torch.device) -> None:
-        """Allocates space for all rows of the images where the device has it, else for one row of each.
-
-        Args:
-            shapes: For each teacher its columns, and the shape of one image's values in each.
-            images: int64 [n], positions in the whole training set; only their rows may be held.
-            num_images: Images in the whole training set.
-            num_views: V.
-            device: Device of the batches.
-        """
         self._device, self._num_views = device, num_views
         self.whole = len(images) * num_views * row_bytes(shapes) <= memory_for_rows(device)
         step = num_views if self.whole else 1
@@ -268,12 +261,9 @@ class DeviceRows:
         return self._view[self._places(index, view)] == view
 
     def put(self, index: Rows, view: Rows, values: Sequence[Mapping[str, Tensor]]) -> None:
-        """Stores rows; unless `whole`, a row replaces that of the image's other view.
+        """Stores rows int64 [N] of different places; unless `whole`, a row replaces that of the image's other view.
 
-        Args:
-            index: int64 [N]; images whose rows may be held.
-            view: int64 [N]; no two rows may have the same place.
-            values: For each teacher its columns, float16 [N, width] on the device; unknown columns are ignored.
+        `values` are for each teacher its columns, float16 [N, width] on the device; unknown columns are ignored.
         """
         places = self._places(index, view)
         on_device = torch.from_numpy(places).to(self._device)

@@ -80,6 +80,13 @@ class RecordedStep:
 
     Steps that compute the same terms are of one kind, which is recorded after `WARM_UP` steps. Steps that cannot be
     recorded run unrecorded, with one warning and the same results.
+
+    Args:
+        device: Device of all tensors.
+        optimizer: The optimiser; `lr` of its groups is read before every step, so that schedules may change it.
+        gather: Makes the batch of B rows, on the device.
+        loss: Returns the total loss, with gradient, and the scalars that the step logs.
+        weight_names: Names of the columns of `EpochRows.weights`.
     """
 
     def __init__(
@@ -91,15 +98,6 @@ class RecordedStep:
         loss: Callable[[Batch, StepValues], tuple[Tensor, list[Tensor]]],
         weight_names: Sequence[str],
     ) -> None:
-        """Assembles the parts of a step.
-
-        Args:
-            device: Device of all tensors.
-            optimizer: The optimiser; `lr` of its groups is read before every step, so that schedules may change it.
-            gather: Makes the batch of B rows, on the device.
-            loss: Returns the total loss, with gradient, and the scalars that the step logs.
-            weight_names: Names of the columns of `EpochRows.weights`.
-        """
         self.device = device
         self.log_table = torch.empty(0, device=device)
         self._optimizer, self._gather, self._compute = optimizer, gather, loss
@@ -141,16 +139,11 @@ class RecordedStep:
             held[name].copy_(values, non_blocking=True)
 
     def run(self, position: int, step: int, kind: Hashable) -> Tensor:
-        """Runs one training step, the optimiser's included.
+        """Runs one training step, the optimiser's included, at a position in the epoch, 0 .. N-1.
 
-        Args:
-            position: Number of the step in the epoch, 0 .. N-1.
-            step: Number of the step in the whole training, from 0.
-            kind: Equal for steps that compute the same terms. Other settings of the optimiser than `lr`, or other
-                parameters with gradients, also make another kind.
-
-        Returns:
-            The total loss, float32 without gradient; the next step overwrites it.
+        `step` is its number in the whole training, from 0. The kind is equal for steps that compute the same terms;
+        other settings of the optimiser than `lr`, or other parameters with gradients, also make another kind. Returns
+        the total loss, float32 without gradient; the next step overwrites it.
         """
         self._position.fill_(position)
         self._step_number.fill_(step)
