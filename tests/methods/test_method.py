@@ -241,7 +241,7 @@ def test_one_branch_and_one_teacher_make_all_assignments_equal():
         ({"terms": {"a.b": {"weight": 1, "type": "kd_branch"}}}, r"method.terms.a.b: not a usable name"),
         ({"terms": {"kd_branch": {"weight": 0}}}, "no term with a positive weight"),
         ({"terms": {}}, "no term with a positive weight"),
-        ({"temperature": 0}, r"method.temperature=0 .* \[0.001, 1000\]"),
+        ({"temperature": 0}, "method.temperature=0: must be at least 0.001"),
         ({"temperature": float("nan")}, r"method.temperature=nan"),
         ({"assignment": "mean_"}, "unknown assignment 'mean_'; did you mean 'mean'"),
         ({"assignment": [[1, 0, 0]]}, r"2 rows \(branches\) of 3 weights"),
