@@ -99,12 +99,32 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path, text, told):
 
 
 @pytest.mark.parametrize(
-    ("item", "found"), [("override /method: 3", "int"), ("override /method: {a: 1}", "dict"), ("3", "int")]
+    ("defaults", "found"),
+    [
+        ("[override /method: 3]", "a file's defaults list holds int"),
+        ("[3]", "a file's defaults list holds int"),
+        ("[override /method: {a: 1}]", "a file's defaults list holds dict"),
+        ("3", "experiment/mine.yaml: defaults is no list, but int"),
+        ("kd", "experiment/mine.yaml: defaults is no list, but str"),
+        ("null", "experiment/mine.yaml: defaults is no list, but NoneType"),
+        ("{a: b}", "experiment/mine.yaml: defaults is no list, but mapping"),
+        ("[{a: b, c: d}]", "experiment/mine.yaml: {'a': 'b', 'c': 'd'} is no item of a defaults list"),
+        ("[{}]", "experiment/mine.yaml: {} is no item of a defaults list"),
+        ("[{3: a}]", "a file's defaults list has an item of another form"),
+        ("[{'': x}]", "a file's defaults list has an item of another form"),
+    ],
 )
-def test_a_defaults_list_that_names_no_option_is_one_line(tmp_path, item, found):
+def test_a_defaults_list_that_names_no_option_is_one_line(tmp_path, defaults, found):
     (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment" / "mine.yaml").write_text(f"# @package _global_\ndefaults:\n  - {item}\n")
-    told = f"the defaults list of a file names options of groups, e.g. override /method: ekd; it holds {found}"
+    (tmp_path / "experiment" / "mine.yaml").write_text(f"# @package _global_\ndefaults: {defaults}\n")
+    told = f"{found}; the defaults list names options of groups, e.g. `defaults: [override /method: ekd]`"
+    assert line(f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine") == told
+
+
+def test_a_defaults_list_that_names_a_missing_file_is_one_line_without_the_search_path(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ndefaults: [nothing]\n")
+    told = "In 'experiment/mine': Could not load 'experiment/nothing'."
     assert line(f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine") == told
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, get_args, get_type_hints
@@ -19,6 +20,8 @@ from ekd_lightning.roles import what_is_allowed
 from ekd_lightning.settings import Settings
 
 _MERGING = "Error merging override "
+_READS = re.compile(r"hydra[/\\](core[/\\]default_element|_internal[/\\]config_repository)\.py$")
+"""Files of Hydra that read defaults lists."""
 
 
 def line_of(error: BaseException, words: Sequence[str] | None = None) -> str | None:
@@ -54,7 +57,7 @@ def config_error(error: Exception) -> str:
 def _missing_config(error: MissingConfigException) -> str:
     wanted, options = error.missing_cfg_file, error.options
     if not wanted or not options:
-        return str(error)
+        return str(error).splitlines()[0]  # without the search path
     group, _, name = str(wanted).removesuffix(".yaml").rpartition("/")
     return str(unknown_name(group or "configuration", name, options))
 
@@ -114,10 +117,8 @@ def _as_typed(value: Any) -> str:
 def _not_an_option(error: BaseException, words: Sequence[str]) -> str | None:
     """The line for a group set to a number, a list, a truth value or null, for which Hydra raises a plain error."""
     told = str(error)
-    if isinstance(error, ValueError) and (
-        kind := re.match(r"Unsupported (?:item value|type) in defaults : (\w+)", told)
-    ):
-        return f"the defaults list of a file names options of groups, e.g. override /method: ekd; it holds {kind[1]}"
+    if (where := _wrong_defaults(error)) is not None:
+        return f"{where}the defaults list names options of groups, e.g. `defaults: [override /method: ekd]`"
     number = isinstance(error, ValueError) and told.startswith("Config group override must be")
     listed = isinstance(error, TypeError) and told.startswith("argument of type") and told.endswith("not iterable")
     if not (number or listed):
@@ -131,6 +132,24 @@ def _not_an_option(error: BaseException, words: Sequence[str]) -> str | None:
         return None
     subject = f"{' or '.join(found)}: " if found else ""  # in a file, whose error does not say where
     return f"{subject}a configuration group takes the name of one of its options, see --help"
+
+
+def _wrong_defaults(error: BaseException) -> str | None:
+    """What a file has in place of a defaults list, or an item of it, as far as Hydra tells; None for other errors."""
+    told = str(error)
+    if isinstance(error, ValueError):
+        if found := re.match(r"Invalid defaults list in '(.*)', defaults must be a list \(got (\w+)\)", told):
+            return f"{found[1]}.yaml: defaults is no list, but {found[2]}; "
+        if found := re.match(r"In (\S+): (?:Too many keys|Missing group name) in (?:default item )?(.*)", told):
+            return f"{found[1]}.yaml: {found[2]} is no item of a defaults list; "
+        if found := re.match(r"Unsupported (?:item value|type) in defaults : (\w+)", told):
+            return f"a file's defaults list holds {found[1]}; "
+    frames = traceback.extract_tb(error.__traceback__) if isinstance(error, AssertionError) else []
+    return (
+        "a file's defaults list has an item of another form; "
+        if frames and _READS.search(frames[-1].filename)
+        else None
+    )
 
 
 def _not_yaml(error: BaseException) -> str | None:
