@@ -28,7 +28,7 @@ def line(*words: str) -> str:
             to_settings(compose("train", overrides=list(words)))
         except (HydraException, OmegaConfBaseException) as error:
             return config_error(error)
-        except (UserError, TypeError, ValueError, yaml.YAMLError) as error:
+        except (UserError, AssertionError, TypeError, ValueError, yaml.YAMLError) as error:
             return line_of(error, words) or "a bug"
     return "no mistake"
 
