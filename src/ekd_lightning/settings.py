@@ -572,6 +572,13 @@ def without_effect(settings: Settings, given: Collection[str], facts: Mapping[st
     return found
 
 
+def has_effect(key: str, config: Mapping[str, Any]) -> bool:
+    """Whether a setting has an effect in a plain configuration, which may lack other settings that have defaults."""
+    conditions = [(other, counts) for known, other, counts in _CONDITIONS if f"{key}.".startswith(f"{known}.")]
+    values = [(counts, _value(config, other), _value(Settings(), other)) for other, counts in conditions]
+    return all(counts(default if value is None else value) for counts, value, default in values)
+
+
 def _value(settings: object, key: str) -> Any:
     """A setting by its dotted key; None where a mapping lacks it."""
     for name in key.split("."):

@@ -158,6 +158,17 @@ def test_changes_have_dotted_keys():
     assert changes(PLAIN, PLAIN) == {}
 
 
+def test_settings_of_branches_count_as_changed_only_with_branches():
+    def student(branches, **settings):
+        return {"student": {"branches": branches, **settings}}
+
+    plain = student(1), student(1, branch_gradients="sum")
+    branched = student(3), student(3, branch_gradients="sum")
+    assert changes(*plain) == changes(*reversed(plain)) == {}
+    assert list(changes(*branched)) == ["student.branch_gradients"]
+    assert list(changes(plain[0], branched[1])) == ["student.branches", "student.branch_gradients"]
+
+
 def test_only_what_does_not_change_the_result_may_change(run):
     directory = run()
     check_unchanged(directory, {**PLAIN, "trainer": {"max_epochs": 2}, "tags": ["x"], "resume": "y"})

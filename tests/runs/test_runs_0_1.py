@@ -34,6 +34,7 @@ from ekd_lightning.training.checkpoints import read_checkpoint
 
 SEARCHED = (
     "method=ce",
+    "student.branch_gradients=mean",
     "data.val_fraction=0.3",
     "data.fraction=0.1",
     "data.eval_batch_size=120",
@@ -122,7 +123,8 @@ def test_a_sweep_is_complete(folder, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "renamed"), [("interrupted", ()), ("killed", ("method=ekd_pooled", "method.name=ekd"))]
+    ("name", "renamed"),
+    [("interrupted", ()), ("killed", ("method=ekd_pooled", "method.name=ekd", "student.branch_gradients=mean"))],
 )
 def test_a_stopped_run_can_go_on(folder, name, renamed):
     """The `ekd` of version 0.1 is `ekd_pooled` today."""

@@ -325,6 +325,10 @@ def test_a_new_sweep_tells_terms_of_weight_0_that_no_job_has(tmp_path, monkeypat
             multirun._check(config, planned_sweep(config, tmp_path))
 
 
+FORMER = "method=ekd_pooled method.name=ekd student.branch_gradients=mean"
+"""What `method=ekd` was in version 0.1."""
+
+
 def recorded(folder: Path, *own: tuple[str, ...], record: str) -> Sweep:
     """A sweep on the digits whose first job is done, with the settings that it and further overrides compose to."""
     register_schema()
@@ -338,7 +342,7 @@ def recorded(folder: Path, *own: tuple[str, ...], record: str) -> Sweep:
 @pytest.mark.parametrize(
     ("record", "restoring"),
     [
-        ("method=ekd_pooled method.name=ekd", "method=ekd_pooled method.name=ekd"),
+        (FORMER, FORMER),
         ("recipe.lr=0.3 recipe.nesterov=false", "recipe.lr=0.3 recipe.nesterov=false"),
         ("trainer.max_epochs=1 evaluation=full tags=[a] data.root=there", ""),  # these may change
     ],
@@ -357,7 +361,7 @@ def test_a_sweep_does_not_go_on_with_other_settings_than_its_runs_had(tmp_path, 
 @pytest.mark.parametrize(
     ("own", "record", "words", "told"),
     [
-        ((("method=ekd",), ("method=kd",)), "method=ekd_pooled method.name=ekd", "", "jobs that are left as a new swe"),
+        ((("method=ekd",), ("method=kd",)), FORMER, "", "jobs that are left as a new swe"),
         (
             (("method=ekd",), ("method=kd",)),
             "",

@@ -301,7 +301,7 @@ def restoring(recorded: dict[str, Any], changed: dict[str, tuple[Any, Any]]) -> 
     """The overrides that give changed settings their recorded values; empty if that takes more than a few scalars."""
     of_features = any(key.startswith("method.terms.feature_branch") for key in changed)
     if of_features and recorded["method"].get("name") == "ekd":  # before `ekd` compared maps
-        return ["method=ekd_pooled", "method.name=ekd"]
+        return ["method=ekd_pooled", "method.name=ekd", "student.branch_gradients=mean"]
     scalar = all(isinstance(was, bool | int | float | str) and now is not None for was, now in changed.values())
     return [override(key, was) for key, (was, _) in changed.items()] if scalar and len(changed) <= _FEW else []
 

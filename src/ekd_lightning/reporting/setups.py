@@ -39,6 +39,7 @@ _MOST_NAMED = 3
 _ALWAYS = ("student", "K", "M")
 """Settings that are named even with the usual value of a method."""
 _PLAIN = ("split", "ensemble")  # mean nothing for one branch
+_GRADIENTS = "student.branch_gradients"  # earlier records lack it, and had means
 _UNKNOWN = "unknown settings"
 _GROUP = re.compile(r"^(method\.terms\.|student\.options\.|recipe\.|method\.|trainer\.)")
 """Prefixes that labels leave out."""
@@ -63,7 +64,10 @@ def describe(run: RunEntry) -> dict[str, Any]:
     chosen = result.get("teacher_choice") in ("best", "first")
     found["teachers"] = result.get("pool_teachers") if chosen else taught_by(result)
     found |= {"MACs": result.get("macs"), "parameters": result.get("num_parameters")}
-    return {**found, **(settings(run) if run.config else {_UNKNOWN: True})}
+    own = settings(run) if run.config else {_UNKNOWN: True}
+    if found["K"] == 1 or own.get(_GRADIENTS) == "mean":
+        own.pop(_GRADIENTS, None)
+    return {**found, **own}
 
 
 def differences(one: RunEntry, other: RunEntry) -> dict[str, tuple[Any, Any]]:
