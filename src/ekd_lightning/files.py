@@ -70,9 +70,7 @@ def replacing(path: Path) -> Iterator[Path]:
 def distinct_name(text: str, replaced: str) -> str:
     """A short name of a file, without ending, for any text: the text itself, or one with a checksum.
 
-    Args:
-        text: E.g. the name of a data set; another text gets another name.
-        replaced: Pattern of what becomes an underscore.
+    Another text, e.g. another name of a data set, gets another name. What matches the pattern `replaced` becomes `_`.
     """
     name = re.sub(replaced, "_", text).encode()[:_LONGEST].decode(errors="ignore")
     return name if name == text else f"{name}-{zlib.crc32(text.encode()):08x}"

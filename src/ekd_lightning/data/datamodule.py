@@ -138,12 +138,10 @@ class ImageDataModule(pl.LightningDataModule):
         return gather_batch(self._images("test" if trainer.testing else "train", device), batch, None, device)
 
     def training_images(self, index: Tensor, view: Tensor, device: torch.device) -> Tensor:
-        """Makes views of training images as in a training batch: float32 [B, 3, H, W] in [0, 1].
+        """Makes views of training images on a device as in a training batch: float32 [B, 3, H, W] in [0, 1].
 
-        Args:
-            index: int64 [B], positions in the whole training set, or behind it for separate unlabelled images.
-            view: int64 [B], their views.
-            device: The device of the views.
+        `index`, int64 [B], are positions in the whole training set, or behind it for separate unlabelled images;
+        `view`, int64 [B], are their views.
         """
         valid = torch.ones_like(index, dtype=torch.bool)
         rows = IndexBatch(torch.full_like(index, -1), index, view, valid)

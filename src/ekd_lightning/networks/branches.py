@@ -51,14 +51,9 @@ def cut_branches(student: BranchedStudent, branches: Sequence[int]) -> BranchedS
 def fold_branches(student: BranchedStudent) -> BranchedStudent:
     """Copies a student whose branches are linear heads on the trunk, replacing them by a single head.
 
-    All heads read the same pooled features h, so the mean of their logits equals the logits of one head:
-    1/K Σ (W_k h + b_k) = (1/K Σ W_k) h + 1/K Σ b_k. The means are computed in float64.
-
-    Args:
-        student: Does not change, and shares no weights with the copy.
-
-    Returns:
-        The copy, with one branch and equal logits within rounding.
+    All heads read the same pooled features h, so the mean of their logits equals the logits of one head: 1/K Σ (W_k h +
+    b_k) = (1/K Σ W_k) h + 1/K Σ b_k. The means are computed in float64. The student does not change, and shares no
+    weights with the copy, whose logits are equal within rounding.
 
     Raises:
         UserError: If the branches cannot be folded exactly: for another ensemble than `mean_logits`, branches with

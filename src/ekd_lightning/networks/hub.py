@@ -37,13 +37,9 @@ def load(name: str | Path, device: str = "cpu", *, revision: str | None = None) 
 
 
 def find_student(name: str | Path, revision: str | None = None) -> Path:
-    """Finds the file that `ekd_lightning.load` reads.
+    """Finds the file that `load` reads; a name may also be that of a folder with one student.
 
-    Args:
-        name: A file, a folder with one student, the name of a student of the package, or USER/REPO on the Hugging Face
-            hub. Names of existing files, of folders with a student, and names with the suffix of an exported
-            student are local.
-        revision: Branch, tag or commit of the repository; None for its main branch.
+    Names of existing files, of folders with a student, and names with the suffix of an exported student are local.
 
     Raises:
         UserError: For any other name, if the hub cannot be reached, or for a `revision` without a repository.

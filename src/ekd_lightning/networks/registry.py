@@ -82,13 +82,7 @@ def _known(name: str) -> Builder | None:
 
 
 def build_network(spec: NetworkSpec) -> StagedNetwork:
-    """Builds a network with new weights from PyTorch's global random generator.
-
-    Args:
-        spec: the network's spec.
-
-    Returns:
-        The network, in train mode, on the default device.
+    """Builds a network, in train mode, with new weights from PyTorch's global random generator.
 
     Raises:
         UserError: for an unknown name, an unknown option, or an option's value that is not allowed.

@@ -253,11 +253,8 @@ class StagedNetwork(nn.Module):
     def classify(self, features: Tensor) -> Tensor:
         """Applies the network's classifier with frozen weights; gradients flow to the features only.
 
-        Args:
-            features: [B, D], or maps like the last stage's output, [B, channels, height, width].
-
-        Returns:
-            Logits [B, C], in the floating-point type of the head.
+        Maps features [B, D], or maps like the last stage's output, [B, channels, height, width], to logits [B, C], in
+        the floating-point type of the head.
         """
         assert isinstance(self.head, nn.Linear), "a network without pooled features has no classifier of its own"
         pooled = self.neck(features) if features.dim() == 4 else features
@@ -266,25 +263,14 @@ class StagedNetwork(nn.Module):
         return nn.functional.linear(pooled.to(self.head.weight.dtype), self.head.weight.detach(), bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Classifies images.
-
-        Args:
-            images: [B, 3, H, W] in [0, 1], not normalised.
-
-        Returns:
-            Logits [B, C].
-        """
+        """Maps images [B, 3, H, W] in [0, 1], not normalised, to logits [B, C]."""
         maps = self.normalize(images)
         for stage in self.stages.values():
             maps = stage(maps)
         return self.head(self.neck(maps))
 
     def outputs(self, images: Tensor) -> NetworkOutput:
-        """Classifies images, and returns pooled features and the outputs of all stages as well.
-
-        Args:
-            images: [B, 3, H, W] in [0, 1], not normalised.
-        """
+        """Maps images as `forward` does, and returns pooled features and the outputs of all stages as well."""
         maps, stages = through(self.stages, self.normalize(images))
         pooled = self.neck(maps)
         return NetworkOutput(self.head(pooled), pooled, stages)

@@ -133,15 +133,9 @@ class TeacherEnsemble(nn.Module):
     # Not inference_mode: losses must be able to save these tensors for their backward pass.
     @torch.no_grad()
     def forward(self, images: Tensor, stages: Sequence[str] = ()) -> TeacherOutput:
-        """Computes the outputs of every teacher.
+        """Maps images [B, 3, H, W] in [0, 1], not normalised, to logits [M, B, C], features M × [B, D_m], and stages.
 
-        Args:
-            images: [B, 3, H, W] in [0, 1], not normalised.
-            stages: names of the stages to return for every teacher; `stage2.4x4` is stage2 averaged to a grid, see
-                `staged.on_grid`.
-
-        Returns:
-            Logits [M, B, C], pooled features M × [B, D_m], and the requested stages.
+        `stages` names those of every teacher; `stage2.4x4` is stage2 averaged to a grid, see `staged.on_grid`.
 
         Raises:
             UserError: when a teacher does not have one of the stages.

@@ -52,11 +52,9 @@ class TeacherSource:
         return 0
 
     def plan(self, rows: int, repeats: bool = False) -> None:
-        """Announces how many images the run will probably process; see `FrozenTeachers.plan`.
+        """Announces how many images the run will probably process, each counted every time; see `FrozenTeachers.plan`.
 
-        Args:
-            rows: Number of images, each counted as often as it is processed.
-            repeats: Whether an epoch, in this or another process, may need more than one view of an image.
+        `repeats` says whether an epoch, in this or another process, may need more than one view of an image.
         """
 
     def prepare_epoch(self, index: Tensor, view: Tensor, images_of: ImagesOf, counts: StageCounts) -> None:

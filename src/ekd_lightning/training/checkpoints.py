@@ -40,12 +40,10 @@ class CheckpointWriter(CheckpointIO):
 
     `save_checkpoint` copies the state to host memory and returns; a thread seals and writes the copies in the order of
     the calls. A call waits for earlier writes of the same file; `teardown`, which the Trainer calls at the end of every
-    training, waits for all. The next call raises the error of an earlier write.
+    training, waits for all. The next call raises the error of an earlier write. `owner` returns the id of the run or
+    training; checkpoints hold it, and those of another one are refused.
 
     Each Trainer needs its own: `pl.Trainer(plugins=[CheckpointWriter()], ...)`.
-
-    Args:
-        owner: Returns the id of the run or training; checkpoints hold it, and those of another one are refused.
     """
 
     def __init__(self, owner: Callable[[], str | None] = lambda: None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 import subprocess
 import time
@@ -43,16 +42,11 @@ _RESERVED = {
 _MORE_VALUES = {"precision": ("auto",)}
 
 
-def trainer_flags() -> dict[str, Any]:
-    """Returns all flags of `trainer.*` with their defaults."""
-    parameters = inspect.signature(pl.Trainer).parameters
-    lightning = {name: parameter.default for name, parameter in parameters.items() if name not in _RESERVED}
-    return lightning | {"threads": None}  # see `hardware.set_threads`
-
-
 @cache
-def _types() -> dict[str, Any]:
-    return get_type_hints(pl.Trainer.__init__) | {"threads": int | None}
+def trainer_flags() -> dict[str, Any]:
+    """Returns all flags of `trainer.*` with their types."""
+    types = get_type_hints(pl.Trainer.__init__) | {"threads": int | None}  # see `hardware.set_threads`
+    return {name: hint for name, hint in types.items() if name not in (*_RESERVED, "return")}
 
 
 def check_trainer(flags: dict[str, Any]) -> None:
@@ -64,10 +58,10 @@ def check_trainer(flags: dict[str, Any]) -> None:
     for name, value in flags.items():
         if name in _RESERVED:
             raise UserError(f"trainer.{name}: {_RESERVED[name]}")
-        if name not in trainer_flags():
-            raise unknown_name("Lightning trainer flag", f"trainer.{name}", (f"trainer.{n}" for n in trainer_flags()))
-        if value not in _MORE_VALUES.get(name, ()) and not is_of(value, _types()[name]):
-            raise UserError(f"trainer.{name}={value}: must be {name_of_type(_types()[name])}")
+        if name not in (known := trainer_flags()):
+            raise unknown_name("Lightning trainer flag", f"trainer.{name}", (f"trainer.{other}" for other in known))
+        if value not in _MORE_VALUES.get(name, ()) and not is_of(value, known[name]):
+            raise UserError(f"trainer.{name}={value}: must be {name_of_type(known[name])}")
     if flags.get("barebones"):
         raise UserError("trainer.barebones=true: a run needs its curves and checkpoints; ekd-bench measures speed")
     if flags.get("val_check_interval") == 0:
@@ -135,13 +129,9 @@ class EpochSeed(Callback):
 
 
 class EpochReport(Callback):
-    """Measures the time of training epochs and logs a line per epoch.
+    """Measures the time of training epochs of B images per step, and logs a line per epoch, which begins with a name.
 
     Checkpoints hold the time, so that a resumed run reports the sum.
-
-    Args:
-        images_per_step: B.
-        name: Prefix of the lines; empty for none.
 
     Attributes:
         task: Progress of the training, for the display.
