@@ -420,6 +420,25 @@ def test_a_part_that_lost_its_study_is_made_again_as_declared(
     ]
 
 
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_lost_part_without_its_declaration_is_refused_with_the_option_to_add(
+    finished: tuple[Path, str, str], tmp_path: Path, beside: bool
+) -> None:
+    """The rows that decide are known to the declaration alone; the part beside it, or what it declares, names it."""
+    folder = shutil.copytree(finished[0], tmp_path / "mine")
+    place = folder / "digits-10"
+    shutil.rmtree(folder / "digits-20", ignore_errors=True)
+    if beside:
+        (folder / "digits-30").mkdir()
+        write_study(replace(read_study(place) or Study((), (), ()), declaration="own"), folder / "digits-30")
+    (place / "study.json").unlink()
+    code, _, err = call("--output", place)
+    assert code == 2
+    again = f"ekd-compare --study {'own.yaml' if beside else 'quick'} --output {folder}"
+    assert err.splitlines()[-1].endswith(f"lost; it is a part of a declared study, so {again} makes it again")
+    assert not (place / "study.json").exists()
+
+
 def test_the_same_command_goes_on_and_judges_by_what_is_there(
     finished: tuple[Path, str, str], words: tuple[str, ...], tmp_path: Path
 ) -> None:

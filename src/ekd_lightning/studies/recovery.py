@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
+import shlex
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ekd_lightning.config.overrides import key_of, may_be_given
+from ekd_lightning.config.overrides import computing, key_of, may_be_given
 from ekd_lightning.errors import UserError
 from ekd_lightning.runs.directory import RunDirectory
 from ekd_lightning.studies.rows import MATCHED, POOLED
@@ -51,9 +53,41 @@ def read_or_recover(folder: Path, declared: Declaration | None = None) -> tuple[
             raise UserError(f"{lost.what}, and no run in {folder / RUNS} records how it was started") from None
         if declared is not None:
             study = _as_declared(study, declared)
+        elif (name := _declared_in(folder, study)) is not None:
+            again = shlex.join(["ekd-compare", "--study", name, "--output", str(folder.parent)])
+            raise UserError(f"{lost.what}; it is a part of a declared study, so {again} makes it again") from None
         names = ", ".join(row.name for row in study.rows)
         log.warning("%s; it is made again from the runs of the rows %s", lost.what, names)
         return replace(study, recovered=True), True
+
+
+def _declared_in(folder: Path, study: Study) -> str | None:
+    """What `--study` must name for a lost study that looks like a part of a declared one; None for other studies.
+
+    The study.json of another part names the declaration; the package's own ones are known by what they declare.
+    """
+    from ekd_lightning.studies.declaration import read_declaration, shipped  # noqa: PLC0415 (slow; rarely needed)
+
+    rows, common = {row.name for row in study.rows}, _shared(study.common)
+    for path in sorted(folder.parent.glob(f"*/{STUDY_FILE}")):
+        with contextlib.suppress(UserError):
+            other = read_study(path.parent)
+            if other and other.declaration and common <= _shared(other.common):
+                return other.declaration if other.declaration in shipped() else f"{other.declaration}.yaml"
+    for name in shipped():
+        declared = read_declaration(name)
+        parts = [part for part in declared.parts if (part.name, (part.fraction,)) == (folder.name, study.fractions)]
+        words = _shared(declared.overrides)
+        keys = {key_of(word) for word in words}
+        same = {word for word in common if key_of(word) in keys} <= words  # a row may have been given fewer
+        if parts and rows <= {row.name for row in declared.rows} and same:
+            return name
+    return None
+
+
+def _shared(common: Sequence[str]) -> set[str]:
+    """The overrides that all parts of a declared study share and that affect results."""
+    return {word for word in computing(common) if key_of(word) not in ("data", "recipe.epochs")}
 
 
 def set_aside(folder: Path) -> None:
