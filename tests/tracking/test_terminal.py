@@ -29,10 +29,10 @@ COLUMNS, ROWS = 80, 40
 class Terminal:
     """A pseudo-terminal whose screen is kept."""
 
-    def __init__(self) -> None:
-        self.screen = pyte.Screen(COLUMNS, ROWS)
+    def __init__(self, columns: int) -> None:
+        self.screen = pyte.Screen(columns, ROWS)
         self._there, here = pty.openpty()
-        fcntl.ioctl(here, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
+        fcntl.ioctl(here, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, columns, 0, 0))
         self.stream = os.fdopen(here, "w", encoding="utf-8")
         self.raw = b""
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -66,8 +66,9 @@ def unrecorded(monkeypatch):
 def terminal(monkeypatch):
     monkeypatch.setenv("TERM", "xterm-256color")
 
-    def make() -> Terminal:  # called in the test: pytest sets the streams anew once fixtures are made
-        made = Terminal()
+    def make(columns: int = COLUMNS) -> Terminal:  # called in the test: pytest sets the streams anew after fixtures
+        made = Terminal(columns)
+        monkeypatch.setenv("COLUMNS", str(columns))
         monkeypatch.setattr(sys, "stdout", made.stream)
         monkeypatch.setattr(sys, "stderr", made.stream)
         return made
@@ -114,13 +115,15 @@ def test_every_line_of_the_screen_is_a_row_or_a_whole_line(terminal, keep):
     assert (sys.stdout, sys.stderr) == (terminal.stream, terminal.stream)
 
 
-def test_the_scores_of_an_epoch_fit_on_a_narrow_terminal(terminal):
-    terminal, scores = terminal(), "loss 8.8244  accuracy 0.7155  val/accuracy 0.7250"
+@pytest.mark.parametrize("columns", [COLUMNS, 100, 120])
+def test_the_scores_of_an_epoch_fit_on_a_terminal(terminal, columns):
+    terminal, scores = terminal(columns), "loss 161.16  accuracy 0.7155  val/accuracy 0.7250"
     names = ("data", "teachers", "training", "test", "evaluation")
     with reported_by(edge.OnScreen()), session(*names), phase("training", 9, None) as training:
         training.advance(note="epoch 112/200")
         training.scores = f"{scores}  2,345 images/s"
-    assert any(" ".join(["epoch 112/200", *scores.split()]) in line for line in terminal.lines())
+    said = " ".join(["epoch 112/200", *scores.split(), *(["2,345 images/s"] if columns == 120 else [])])
+    assert any(said in " ".join(line.split()) for line in terminal.lines())
 
 
 def test_what_is_refused_at_once_leaves_no_rows(terminal):

@@ -9,7 +9,7 @@ import torch
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.settings import Settings
-from ekd_lightning.training.trainer import EpochSeed, build_trainer, check_trainer, trainer_flags
+from ekd_lightning.training.trainer import EpochSeed, _digits, build_trainer, check_trainer, trainer_flags
 
 CPU = {"accelerator": "cpu", "devices": 1, "enable_model_summary": False, "max_epochs": 1}
 
@@ -104,3 +104,13 @@ def test_an_epoch_is_seeded_as_by_torch(device):
         EpochSeed(7).on_train_epoch_start(trainer, SimpleNamespace(device=torch.device(kind)))
         drawn += [torch.stack([torch.rand(4), torch.rand(4, device=device).cpu()])]
     assert torch.equal(*drawn)
+
+
+def test_a_large_loss_has_as_many_digits_as_a_small_one():
+    assert [_digits(x) for x in (0.01234, 1.23456, 97.4549, 161.1641, float("nan"))] == [
+        "0.0123",
+        "1.2346",
+        "97.455",
+        "161.16",
+        "nan",
+    ]

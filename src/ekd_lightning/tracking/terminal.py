@@ -18,7 +18,7 @@ from rich.text import Text
 
 from ekd_lightning.progress import Reporter, Session, Task, readable
 
-_BAR, _PER_SECOND = 20, 2  # a redraw takes milliseconds of Python's time, which bounds the training
+_BAR, _PER_SECOND = 10, 2  # a redraw takes milliseconds of Python's time, which bounds the training
 _TOTAL, _GAP, _TIME = "total", 2, 7
 _LEAST_WIDTH, _SHORT_BAR = 100, 5  # columns; a narrower display has short bars and no times, to show all scores
 

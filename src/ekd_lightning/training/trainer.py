@@ -208,11 +208,16 @@ class EpochReport(Callback):
         return f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
 
     def _line(self, trainer: pl.Trainer, means: Mapping[str, Tensor]) -> str:
-        parts = [f"{name} {float(means[name]):.4f}" for name in ("loss", "accuracy") if name in means]
+        parts = [f"{name} {_digits(float(means[name]))}" for name in ("loss", "accuracy") if name in means]
         if BEST_METRIC in trainer.callback_metrics:
             parts.append(f"{BEST_METRIC} {float(trainer.callback_metrics[BEST_METRIC]):.4f}")
         parts.append(f"{self._epoch_images / max(self._epoch_seconds, 1e-9):,.0f} images/s")
         return "  ".join(parts)
+
+
+def _digits(value: float) -> str:
+    """Four decimals, or five digits of a large loss: a live display has no room for more."""
+    return f"{value:.5g}" if value >= 10 else f"{value:.4f}"
 
 
 def final_scores(trainer: pl.Trainer, module: Distiller, data: ImageDataModule, *, test: bool = True) -> dict[str, Any]:
