@@ -359,3 +359,20 @@ def test_ranks_that_cannot_agree_are_told_to_name_the_directory(monkeypatch):
     with pytest.raises(UserError, match=r"hydra\.run\.dir=\.\.\."):
         directory.agree("hydra.run.dir", lambda: Path("x"), nodes=2)
     assert directory.agree("hydra.run.dir", lambda: Path("x")) == Path("x")
+
+
+def test_retries_of_the_hub_are_one_line(caplog, monkeypatch):
+    monkeypatch.setattr(edge, "_HUB_RETRIES", edge._HubRetries())
+    client = logging.getLogger("huggingface_hub.utils._http")  # the name that its client logs by
+    edge.quiet_libraries()
+    try:
+        for number in (1, 2):
+            client.warning(
+                "'[Errno -2] Name or service not known' thrown while requesting HEAD https://huggingface.co/a"
+            )
+            client.warning("Retrying in %ss [Retry %s/5].", 2**number, number)
+        client.warning("You are sending unauthenticated requests")
+    finally:
+        client.removeFilter(edge._HUB_RETRIES)
+    told = "the Hugging Face hub does not answer ('[Errno -2] Name or service not known'); trying again"
+    assert caplog.messages == [told, "You are sending unauthenticated requests"]

@@ -188,8 +188,26 @@ _LEVELS = {
 }
 
 
+class _HubRetries(logging.Filter):
+    """Tells once that the Hugging Face hub does not answer, in place of two lines for each try, each printed twice."""
+
+    _told = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a line of the hub's client is about something else."""
+        cause, sign, _ = record.getMessage().partition(" thrown while requesting ")
+        if sign and not self._told:
+            self._told = True
+            logging.getLogger(__name__).warning("the Hugging Face hub does not answer (%s); trying again", cause)
+        return not sign and not cause.startswith("Retrying in ")
+
+
+_HUB_RETRIES = _HubRetries()
+
+
 def quiet_libraries() -> None:
     """Silences messages of libraries that are untrue here or repeat in every run."""
+    logging.getLogger("huggingface_hub.utils._http").addFilter(_HUB_RETRIES)
     for name, level in _LEVELS.items():
         logging.getLogger(name).setLevel(level)
     for message in (
