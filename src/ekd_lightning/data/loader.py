@@ -204,14 +204,10 @@ class TrainLoader:
             self.number = epoch
 
     def epoch(self, num_batches: int | None = None, ahead: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns this process's rows of an epoch, without making images.
+        """Returns this process's rows of an epoch, or of its first batches, without making images.
 
-        Args:
-            num_batches: The number of batches, from the first on; None for all.
-            ahead: How many epochs after the current one.
-
-        Returns:
-            labels (-1 for unlabelled rows), index and view, each int64 [batches, images in a batch].
+        `ahead` counts epochs after the current one. The rows are labels (-1 for unlabelled ones), index and view, each
+        int64 [batches, images in a batch].
         """
         number = self.number if self.frozen else self.number + ahead
         if number not in self._epochs:  # the current epoch and the next are asked for several times

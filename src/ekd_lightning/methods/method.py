@@ -88,15 +88,11 @@ class Method(nn.Module):
         self._constant = {key: term.weight for key, term in active.items() if term.has_constant_weight}
 
     def check_classes(self, unknown: Sequence[frozenset[int]], names: Sequence[str], num_classes: int) -> None:
-        """Checks that the terms accept teachers that do not know all classes.
+        """Checks that the terms accept teachers that do not know all of the C classes; names are for messages.
 
         A teacher that knows no class can still teach features. Warns once if a term takes the mean of logits of
-        teachers that know different classes, as this mean gives probability 0 to a class that one of them lacks.
-
-        Args:
-            unknown: The unknown classes of each of the M teachers, see `cutting.unknown_classes`.
-            names: The teachers' names in messages.
-            num_classes: C.
+        teachers that know different classes, as this mean gives probability 0 to a class that one of them lacks. For
+        the unknown classes of each of the M teachers see `cutting.unknown_classes`.
 
         Raises:
             UserError: If a term reads the logits of a teacher that lacks some classes and does not accept masked ones

@@ -50,7 +50,6 @@ class DeployedModel:
         file_format: str,
         module: nn.Module | None = None,
     ) -> None:
-        """Wraps a function from float32 images [B, 3, H, W] to logits [B, C], and the module that it calls, if any."""
         self._run, self.metadata, self.format, self.module = run, dict(metadata), file_format, module
 
     @property
