@@ -189,6 +189,6 @@ def test_a_field_without_a_purpose_is_refused():
 def test_fine_tuning_beside_a_file_is_refused_with_what_a_file_takes():
     pool = [{"file": "a.safetensors", "finetune": "head", "seed": 1}]
     takes = "network, key_map, options, normalization"
-    said = rf"\.(finetune|seed) has no effect beside file, which takes the settings {takes}$"
+    said = rf"\.(finetune|seed) has no effect together with file, which takes the settings {takes}$"
     with pytest.raises(UserError, match=said):
         TeacherSettings(pool=pool).check()

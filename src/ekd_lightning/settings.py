@@ -350,9 +350,9 @@ class TeacherSettings:
         for one in fields(TeacherEntry):
             if one.name not in (*given, *useful) and getattr(entry, one.name) != getattr(plain, one.name):
                 known = f"the settings {', '.join(useful)}" if useful else "no further settings"
-                raise UserError(f"{key}.{one.name} has no effect beside {given[0]}, which takes {known}")
+                raise UserError(f"{key}.{one.name} has no effect together with {given[0]}, which takes {known}")
         if entry.finetune and entry.classes:
-            raise UserError(f"{key}.classes has no effect beside finetune, which trains a new classifier")
+            raise UserError(f"{key}.classes has no effect together with finetune, which trains a new classifier")
         check_values(entry, f"{key}.")
         return entry
 

@@ -94,7 +94,7 @@ def test_a_choice_without_teachers_warns(tiny_settings):
 @pytest.mark.filterwarnings("error:.*teacher=mean")
 def test_the_mean_beside_an_assignment_warns_and_is_not_recorded(tiny_settings):
     beside, alone = (tiny_settings(f"method={name}", "method.teacher=mean") for name in ("ekd", "kd_mean"))
-    with pytest.warns(UserWarning, match="method.teacher=mean has no effect beside method.assignment=one_to_one"):
+    with pytest.warns(UserWarning, match="method.teacher=mean has no effect with method.assignment=one_to_one"):
         prepared = ready(beside)
     assert describe_teacher(beside, prepared)["teacher_choice"] is None
     assert describe_teacher(alone, ready(alone))["teacher_choice"] == "mean"

@@ -135,7 +135,7 @@ def test_parts_and_rows_are_chosen_by_name() -> None:
         ({"decide": {"seeds": [0], "rows": {"ce": {"with": ["data.augmentation=none"]}}}}, "the row ce may set only"),
         (
             {"decide": {"seeds": [0], "rows": {"ce": {"match": "macs", "with": ["student.network=vgg8"]}}}},
-            "student.network=vgg8: cannot stand beside match",
+            "student.network=vgg8: cannot be combined with match",
         ),
     ],
 )

@@ -28,7 +28,7 @@ from ekd_lightning.training.distiller import NetworkAccess
 
 
 class PilImages(Dataset[tuple[Tensor, int]]):
-    """Images as `torchvision.datasets.CIFAR10` hands them out: NumPy to PIL to transforms to tensor."""
+    """Images as `torchvision.datasets.CIFAR10` returns them: NumPy to PIL to transforms to tensor."""
 
     def __init__(self, image_set: ImageSet, index: Tensor) -> None:
         self._images = image_set.images[index].permute(0, 2, 3, 1).contiguous().numpy()

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run_dashboard(args: argparse.Namespace) -> None:
-    """Builds the view and saves it, or with `--dry-run` prints what it would hold.
+    """Builds the view and saves it, or with `--dry-run` prints what it would contain.
 
     Raises:
         UserError: For an impossible name, a missing package or login, or if W&B refuses.

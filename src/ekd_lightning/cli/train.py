@@ -145,7 +145,7 @@ def _resume(cfg: DictConfig, directory: Path) -> None:
 
 
 def train_alone(cfg: DictConfig, output: JobOutput) -> float | None:
-    """Runs a single job; an interrupt tells the command that continues it."""
+    """Runs a single job; if it is interrupted, the command that continues it is printed."""
     try:
         return train(cfg, output)
     except (KeyboardInterrupt, SystemExit) as stop:

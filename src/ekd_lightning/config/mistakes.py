@@ -1,4 +1,4 @@
-"""A user's mistake in a configuration as one line, in place of what Hydra and OmegaConf say."""
+"""Turns errors of Hydra and OmegaConf about a user's configuration into one line."""
 
 from __future__ import annotations
 

@@ -244,7 +244,7 @@ class TermContext:
         return _resolve_stage(name, self.student_stage_shapes, f"the student {self.student_name!r}")
 
     def teacher_stage(self, teacher: int, name: str) -> str:
-        """Returns the own name of a stage of one teacher; `last` stands for the network's last stage.
+        """Returns one teacher's own name of a stage; `last` stands for the network's last stage.
 
         Raises:
             UserError: If the network has no such stage; the message lists its stages.

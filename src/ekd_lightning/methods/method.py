@@ -133,7 +133,7 @@ class Method(nn.Module):
         return term.needs_teachers and term.reads_logits and (pairs is None or m in {m for _, m in pairs})
 
     def _ruled_out(self, term: Term, unknown: Sequence[frozenset[int]]) -> set[int]:
-        """Returns the classes that only some of the teachers know whose logits a term averages."""
+        """Returns the classes that only some of the averaged teachers know."""
         rows = [[1.0] * len(unknown)]
         if term.uses_assignment:
             assert self.assignment is not None

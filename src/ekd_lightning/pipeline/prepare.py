@@ -181,7 +181,7 @@ def _candidates(settings: Settings, plans: list[PlannedTeacher], subset: Subset)
         warnings.warn(f"method.teacher={choice} has no effect: the method needs no teachers", stacklevel=3)
     elif choice is not None and _chosen(settings) is None:
         warnings.warn(
-            f"method.teacher=mean has no effect beside method.assignment={settings.method.assignment}", stacklevel=3
+            f"method.teacher=mean has no effect with method.assignment={settings.method.assignment}", stacklevel=3
         )
     if choice == "first":
         del plans[1:]

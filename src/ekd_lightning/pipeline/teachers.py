@@ -187,7 +187,7 @@ def describe_chain(
 
 
 def fill_tables(settings: Settings, prepared: Prepared, device: torch.device) -> tuple[int, int]:
-    """Computes missing rows of the tables: those of one run (`teachers.fill=run`), or of every view (`all`).
+    """Computes the missing rows of the tables for one run (`teachers.fill=run`) or for every view (`all`).
 
     It may be stopped and started again: stored rows are not computed twice. With `run`, epochs, batch size and seed
     determine the rows. Returns the rows found and the rows computed, counted per teacher.

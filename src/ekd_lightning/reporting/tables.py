@@ -92,7 +92,7 @@ def rows(block: Block, references: Sequence[str]) -> list[Row]:
 
 
 def correction(groups: Iterable[Group]) -> str:
-    """The line that tells for which comparisons p values are corrected, if some groups do not decide; else empty."""
+    """The line on which comparisons p values are corrected for, if some groups do not decide; else empty."""
     decide = {one.decides for one in groups}
     if decide != {True, False}:
         return ""

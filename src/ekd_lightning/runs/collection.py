@@ -1,4 +1,4 @@
-"""Collection of runs on disk: finds them below folders, reads their records, and tells their states.
+"""Collection of runs on disk: finds them below folders, reads their records, and determines their states.
 
 Only the record of a run is read (status.json, result.json, config.yaml), never its logs. Foreign and
 half-written files are left out, each with one warning.

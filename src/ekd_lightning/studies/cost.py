@@ -48,7 +48,7 @@ def training_cost(settings: Settings, prepared: Prepared) -> dict[str, int]:
 
 
 def remaining_cost(run: RunEntry, settings: Settings, cost: Mapping[str, int]) -> dict[str, int]:
-    """The cost of a stopped run's remaining epochs, which metrics.csv tells; the whole cost if that is damaged."""
+    """The cost of a stopped run's remaining epochs, read from metrics.csv; the whole cost if that file is damaged."""
     done = 0
     with contextlib.suppress(UserError):
         done = max(read_curves(run).get("epoch", {0: 0.0}))

@@ -174,7 +174,7 @@ def _read_rows(where: str, content: Mapping[str, Any] | None, kind: str) -> Iter
             raise UserError(f"{where}: {name}: match={own['match']}: must be {' or '.join(MATCHES)}")
         words = check_common(check_row_words(where, name, own.get("with", ())), f"{where}: {name}")
         if chosen := [word for word in words if own.get("match") and is_under(key_of(word), ("student",))]:
-            raise UserError(f"{where}: {name}: {chosen[0]}: cannot stand beside match, which chooses the student")
+            raise UserError(f"{where}: {name}: {chosen[0]}: cannot be combined with match, which chooses the student")
         yield DeclaredRow(name, own.get("method", name), words, own.get("match"), seeds, kind == "decide")
 
 

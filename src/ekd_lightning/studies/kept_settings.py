@@ -22,14 +22,14 @@ from ekd_lightning.studies.sweep import Job, JobState, Sweep, varied_keys
 
 
 def may_be_added(word: str) -> bool:
-    """Whether an override may stand beside the `resume=` of any sweep."""
+    """Whether an override may be combined with the `resume=` of any sweep."""
     return may_change_between_parts(key_of(word)) or names_code(word)
 
 
 def settings_are_kept(word: str) -> UserError:
-    """The error for an override that may not stand beside the `resume=` of a sweep."""
+    """The error for an override that may not be combined with the `resume=` of a sweep."""
     return UserError(
-        f"{word}: a resumed sweep keeps its settings; resume= may stand beside a launcher "
+        f"{word}: a resumed sweep keeps its settings; resume= may only be combined with a launcher "
         f"(hydra/launcher=..., hydra.launcher...) and {', '.join(keys_where(may_change_between_parts))}"
     )
 

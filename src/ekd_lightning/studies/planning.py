@@ -1,4 +1,4 @@
-"""Planning of a study: what is asked for, the jobs that are left, and how they are started."""
+"""Planning of a study: the requested runs, the remaining jobs, and how they are started."""
 
 from __future__ import annotations
 

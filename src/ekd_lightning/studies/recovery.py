@@ -57,7 +57,7 @@ def read_or_recover(folder: Path, declared: Declaration | None = None) -> tuple[
             again = shlex.join(["ekd-compare", "--study", name, "--output", str(folder.parent)])
             raise UserError(f"{lost.what}; it is a part of a declared study, so {again} makes it again") from None
         names = ", ".join(row.name for row in study.rows)
-        log.warning("%s; it is made again from the runs of the rows %s", lost.what, names)
+        log.warning("%s; it is rebuilt from the runs of the rows %s", lost.what, names)
         return replace(study, recovered=True), True
 
 

@@ -1,4 +1,4 @@
-"""Rows of a study: those that are asked for, the usual controls, plain students of equal cost, and tuned settings."""
+"""Rows of a study: the requested ones, the usual controls, plain students of equal cost, and tuned settings."""
 
 from __future__ import annotations
 

@@ -194,7 +194,7 @@ def run_trials(
     timeout: float | None = None,
     after_trial: Callable[[], None] = lambda: None,
 ) -> None:
-    """Runs trials until the search has `trials` of them, those of other processes and of earlier calls included.
+    """Runs trials until the search has `trials`, including those of other processes and of earlier calls.
 
     Args:
         study: The search.

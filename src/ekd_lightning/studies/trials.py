@@ -90,7 +90,7 @@ class Search:
 
     @property
     def trials(self) -> list[FrozenTrial]:
-        """All trials so far, those of other processes included."""
+        """All trials so far, including those of other processes."""
         return self._study.get_trials(deepcopy=False)
 
     def claim(self, budget: int) -> optuna.Trial | None:

@@ -151,7 +151,7 @@ def make_loggers(
 
 @dataclass(frozen=True)
 class TeacherCurves:
-    """Selection of loggers for the teachers and assistants that a run trains, each with curves of its own.
+    """Loggers for the teachers and assistants that a run trains; each network has its own curves.
 
     Attributes:
         settings: The selected loggers.
