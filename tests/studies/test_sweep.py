@@ -155,6 +155,15 @@ def test_the_plan_is_the_product_in_hydras_order_with_its_directories(tmp_path):
     assert found[0][1] == {"teachers.count": "1", "student.branches": "1", "seed": "7"}
 
 
+def test_an_interpolation_is_resolved_by_each_job(tmp_path):
+    with initialize_config_module("ekd_lightning.conf", version_base="1.3"):
+        config = composed("seed=3,4", "data.subset_seed=${seed}", "recipe.momentum=${recipe.ema}")
+        jobs = planned_sweep(config, tmp_path).jobs
+        for number, job in enumerate(jobs):
+            with checking.composed(config, job.overrides, number) as found:
+                assert (found.seed, found.data.subset_seed, found.recipe.momentum) == (3 + number, 3 + number, 0)
+
+
 def test_other_sweepers_decide_as_they_go(tmp_path):
     with initialize_config_module("ekd_lightning.conf", version_base="1.3"):
         cfg = composed("seed=1")

@@ -142,7 +142,9 @@ def sweep_jobs(config: DictConfig) -> list[tuple[str, list[str]]] | None:
         return None
     varied = [f"{key}={value}" for key, value in (hydra.sweeper.params or {}).items()]
     loader = GlobalHydra.instance().config_loader()
-    parsed = OverridesParser.create(config_loader=loader).parse_overrides([*varied, *hydra.overrides.task])
+    words = OmegaConf.to_container(hydra.overrides.task, resolve=False)  # each job resolves `${seed}` itself
+    assert isinstance(words, list)
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides([*varied, *words])
     (jobs,) = BasicSweeper.split_arguments(parsed, None)
     plain = OmegaConf.to_container(hydra.sweep, resolve=False)
     assert isinstance(plain, dict)
