@@ -20,6 +20,7 @@ from ekd_lightning.data import load_dataset
 from ekd_lightning.files import file_sha256, read_json, write_json
 from ekd_lightning.networks import cut_branches, load_student
 from ekd_lightning.pipeline import export
+from ekd_lightning.studies.study import RowPlan, Study, write_study
 
 ALL = ("--format", "safetensors,onnx,torch-export", "--int8", "--max-drop", "0.1")
 FILES = ("student.safetensors", "student.onnx", "student.pt2", "student.int8.onnx")
@@ -332,3 +333,32 @@ def test_pushing_uploads_the_export_and_says_where(run, tmp_path, monkeypatch):
     assert (code, "uploaded: https://hub/me/x, 2" in out.splitlines()) == (0, True)
     evaluate, report = (f"  ekd-evaluate {run.name} --parts all", f"  ekd-report {run.name} -o {run.name}/report")
     assert out.splitlines()[-2:] == [f"{evaluate} 'data.root=some where' --trust", report]
+
+
+def test_each_row_of_a_study_has_the_student_of_its_lowest_finished_seed(run, tmp_path):
+    """Whatever the accuracies; rows that cannot be exported do not stop the others."""
+    folder, students = tmp_path / "study", tmp_path / "students"
+    for name in ("one-f0.1-s1", "one-f0.1-s2", "hurt-f0.1-s0", "whole-f0.1-s0"):
+        shutil.copytree(run, folder / "runs" / name, ignore=shutil.ignore_patterns("export"))
+    better = folder / "runs" / "one-f0.1-s2" / "student.safetensors"
+    for path in (better, folder / "runs" / "hurt-f0.1-s0" / "student.safetensors"):
+        path.write_bytes(b"damaged")
+    rows = tuple(RowPlan(name, ("method=ekd_pooled",)) for name in ("one", "hurt", "none", "whole"))
+    write_study(Study(rows, (0.1,), (0, 1, 2), data="digits"), folder)
+    code, out, (err,) = call(folder, "-o", students, "--branches", "0")
+    assert code == 1
+    assert re.fullmatch(r"ekd-export: error: row hurt: .*/hurt-f0\.1-s0/student\.safetensors: not a .* damaged .*", err)
+    assert sorted(path.name for path in students.iterdir() if path.is_dir()) == ["one", "whole"]
+    for name in ("one", "whole"):
+        assert read(students / name)["student"]["branches"] == [0]
+        assert (students / name / "README.md").is_file()
+        images, reference, _ = answers(run, (0,))
+        assert torch.allclose(
+            torch.as_tensor(load(students / name / "student.safetensors")(images)), reference, atol=1e-4
+        )
+    assert re.search(r"hurt +0 +failed +none +no finished run +whole +0 +[\d.]+ +", out.replace("\n", " "))
+    assert call(folder, "--push", "a/b")[2] == [
+        f"ekd-export: error: --push: uploads one student, and {folder} is a study; name one of its runs"
+    ]
+    code, _, told = call(folder, "-o", students, "--branches", "0")
+    assert (code, sum("exists (--force overwrites it" in line for line in told)) == (1, 2)

@@ -16,9 +16,11 @@ from ekd_lightning.config.output import print_table
 from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.progress import phase, session
 from ekd_lightning.roles import COUNT
-from ekd_lightning.runs.directory import RunDirectory
+from ekd_lightning.runs.directory import RunDirectory, RunState
 from ekd_lightning.runs.lock import check_directory
+from ekd_lightning.runs.result import Result
 from ekd_lightning.settings import is_location, keys_where
+from ekd_lightning.studies.study import STUDY_FILE, read_runs, read_study
 
 if TYPE_CHECKING:
     from ekd_lightning.pipeline.evaluation import EvaluationContext
@@ -34,8 +36,9 @@ examples:
   ekd-export RUN --branches 0 --weights best              one branch, weights of the best epoch
   ekd-export RUN --fold                                   all branches in one head, at the cost of a plain student
   ekd-export RUN data.root=/data                          if the data have moved
+  ekd-export STUDY -o students                            the student of each row, in a folder of its own
 
-RUN is the directory of a finished run. In Python, without Lightning or Hydra:
+RUN is the directory of a finished run, STUDY the folder of ekd-compare. In Python, without Lightning or Hydra:
   model = ekd_lightning.load("RUN/export/student.safetensors"); logits = model(images)
 
 Every file is read back and compared with the student on all test images. See docs/export.md.
@@ -47,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     what = "Export the student of a finished run, check the files, and write a model card."
     parser = make_parser(PROGRAM, what, EXAMPLES)
     add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="directory of a finished run")
+    add("run", type=Path, metavar="RUN", help="directory of a finished run, or folder of a study")
     add("overrides", nargs="*", metavar="KEY=VALUE", help=f"new places of the data: {', '.join(PLACES)}")
     add("--format", default="safetensors", help="safetensors (default), onnx, torch-export, or several: a,b")
     add("-o", "--output", type=Path, help="folder for the files (default: RUN/export)")
@@ -78,12 +81,73 @@ def run_export(args: argparse.Namespace) -> bool:
     for word in args.overrides:
         if word.partition("=")[0] not in (*PLACES, "imports") or "=" not in word:
             raise UserError(f"{word}: a finished run keeps its settings; you may set {', '.join(PLACES)}")
+    if (args.run / STUDY_FILE).is_file():
+        return _export_study(args)
+    record, result, card, failure = _export_run(args)
+    if result is not None:
+        _show(record, args.output or args.run / "export")
+        print(card)
+    if result is not None and not failure:
+        _print_accuracy(record, result)
+        if args.push:
+            from ekd_lightning.networks.hub import push  # noqa: PLC0415 (slow; --help needs none)
+
+            print(f"uploaded: {push(args.output or args.run / 'export', args.push)}")
+        words = [typed(args.run), "--parts", "all", *trusting(args.overrides, args.trust)]
+        evaluate = [f"ekd-evaluate {' '.join(words)}"] if result.lacks_evaluation else []
+        print_next(*evaluate, report_command([args.run], args.run / "report"))
+    if failure:
+        print(f"{PROGRAM}: error: {failure}", file=sys.stderr)
+    return not failure
+
+
+def _export_study(args: argparse.Namespace) -> bool:
+    """Exports the student of each row of a study, of its lowest finished seed, and prints a table of them.
+
+    A row that cannot be exported does not stop the others.
+
+    Returns:
+        Whether all rows were exported.
+    """
+    if args.push:
+        raise UserError(f"--push: uploads one student, and {args.run} is a study; name one of its runs")
+    study, top, cells, failed = read_study(args.run), args.output or args.run / "export", [], 0
+    assert study is not None  # it has the file
+    _options(args)
+    for fraction, rows in read_runs(study, args.run).items():
+        for row, runs in rows.items():
+            name = row if len(study.fractions) == 1 else f"{row}-f{fraction:g}"
+            seed = min((seed for seed, run in runs.items() if run.state is RunState.DONE), default=None)
+            test, where = "", "no finished run"
+            if seed is not None:
+                one = {**vars(args), "run": runs[seed].directory, "output": top / name}
+                try:
+                    record, _, _, failure = _export_run(argparse.Namespace(**one))
+                except UserError as error:
+                    failure = str(error)
+                if failure:
+                    print(f"{PROGRAM}: error: row {name}: {failure}", file=sys.stderr)
+                    where = "failed"
+                else:
+                    test, where = f"{100 * record['test_metrics']['accuracy']:.2f}", typed(top / name)
+            failed += not test
+            cells.append([name, "" if seed is None else str(seed), test, where])
+    print_table(f"{top}: one student of each row", ("row", "seed", "test %", "folder"), cells, left=("row", "folder"))
+    return not failed
+
+
+def _export_run(args: argparse.Namespace) -> tuple[dict[str, Any], Result | None, str | None, str | None]:
+    """Exports the student of a run.
+
+    Returns:
+        The content of export.json, the run's result and the path of its model card (both None without any file), and
+        the line on a file that failed its check.
+    """
     folder = args.output or args.run / "export"
     failure, card = None, None
     with session("data", "export"):
         with phase("data"):
-            from ekd_lightning.networks.hub import push  # noqa: PLC0415 (slow; --help needs none)
-            from ekd_lightning.pipeline import export  # noqa: PLC0415
+            from ekd_lightning.pipeline import export  # noqa: PLC0415 (slow; --help needs none)
             from ekd_lightning.reporting import model_card  # noqa: PLC0415
 
             options = _options(args)
@@ -99,19 +163,7 @@ def run_export(args: argparse.Namespace) -> bool:
                 failure, record = str(error), export.read_export(folder) or {}
             if record.get("files"):
                 card = model_card.write_card(record, context.result, folder, license_id=args.license, force=args.force)
-    if card is not None:
-        _show(record, folder)
-        print(card)
-    if card is not None and not failure:
-        _print_accuracy(record, context.result)
-        if args.push:
-            print(f"uploaded: {push(folder, args.push)}")
-        words = [typed(args.run), "--parts", "all", *trusting(args.overrides, args.trust)]
-        evaluate = [f"ekd-evaluate {' '.join(words)}"] if context.result.lacks_evaluation else []
-        print_next(*evaluate, report_command([args.run], args.run / "report"))
-    if failure:
-        print(f"{PROGRAM}: error: {failure}", file=sys.stderr)
-    return not failure
+    return record, context.result if card else None, card, failure
 
 
 def _options(args: argparse.Namespace) -> ExportOptions:
