@@ -95,7 +95,7 @@ def plan_source(
     if problem:
         if chosen.table == "require":
             raise UserError(f"teachers.table=require: {problem}")
-        _log_once(f"teachers run in every step, without tables: {problem}")
+        _log_once(f"teachers run in every step: {problem}")
         return live
     stages = _kept_stages(settings, method)
     folder = Path(settings.teachers.store) / "tables"
@@ -148,7 +148,7 @@ def _why_live(settings: Settings, method: Method) -> str:
     left_out = [name for name in method.teacher_stages if name not in kept]
     if left_out and not any(set(needed) <= set(kept) for needed in method.needed_stage_sets):
         stages = ", ".join(left_out)
-        return f"stage outputs ({stages}) are not kept in tables (teachers.table_stages=true keeps them)"
+        return f"tables keep no outputs of {stages} unless teachers.table_stages=true"
     return ""
 
 
