@@ -400,7 +400,7 @@ def test_a_declared_study_says_its_cost_and_what_is_not_run(finished: tuple[Path
     assert steps == 2 * math.floor(134 / 32) == 8
 
 
-def test_a_part_that_lost_its_study_is_made_again_as_declared(
+def test_a_part_that_lost_its_study_is_planned_again_as_declared(
     finished: tuple[Path, str, str], words: tuple[str, ...], tmp_path: Path
 ) -> None:
     folder = shutil.copytree(finished[0], tmp_path / "quick")
@@ -420,22 +420,14 @@ def test_a_part_that_lost_its_study_is_made_again_as_declared(
     ]
 
 
-@pytest.mark.parametrize("beside", [True, False])
 def test_a_lost_part_without_its_declaration_is_refused_with_the_option_to_add(
-    finished: tuple[Path, str, str], tmp_path: Path, beside: bool
+    finished: tuple[Path, str, str], tmp_path: Path
 ) -> None:
-    """The rows that decide are known to the declaration alone; the part beside it, or what it declares, names it."""
-    folder = shutil.copytree(finished[0], tmp_path / "mine")
-    place = folder / "digits-10"
-    shutil.rmtree(folder / "digits-20", ignore_errors=True)
-    if beside:
-        (folder / "digits-30").mkdir()
-        write_study(replace(read_study(place) or Study((), (), ()), declaration="own"), folder / "digits-30")
+    """The rows that decide are known to the declaration alone."""
+    place = shutil.copytree(finished[0], tmp_path / "mine") / "digits-10"
     (place / "study.json").unlink()
     code, _, err = call("--output", place)
-    assert code == 2
-    again = f"ekd-compare --study {'own.yaml' if beside else 'quick'} --output {folder}"
-    assert err.splitlines()[-1].endswith(f"lost; it is a part of a declared study, so {again} makes it again")
+    assert (code, "lost; repeat the command that began the study, " in err, "or its --study" in err) == (2, True, True)
     assert not (place / "study.json").exists()
 
 

@@ -30,6 +30,7 @@ from ekd_lightning.studies.study import (
     Study,
     every_run,
     parse_numbers,
+    read_earlier,
     read_runs,
     read_study,
     split_overrides,
@@ -186,13 +187,12 @@ def _plan(
     """Writes each study.json and returns the study and its remaining jobs by folder; logs a declared study's cost."""
     from ekd_lightning.studies import cost, declaration, planning  # noqa: PLC0415 (slow; --help needs none)
     from ekd_lightning.studies.launching import working_in  # noqa: PLC0415
-    from ekd_lightning.studies.recovery import read_or_recover, set_aside  # noqa: PLC0415
 
     planned: dict[Path, tuple[Study, list[Job]]] = {}
     tuned = args.tuned.absolute() if args.tuned and args.tuned.exists() else args.tuned
     for place, part in _places(args, declared).items():
         with DirectoryLock(place, patience=_PATIENCE_SECONDS), session("plan", keep=False), phase("plan"):
-            old, recovered = read_or_recover(place, declared[0] if declared else None)
+            old = read_earlier(place, planned=part is not None or args.methods is not None)
             with working_in(old.working_directory if old else ""):
                 if declared and part:
                     study = declaration.study_of(declared[1], part, common, old, composer, tuned)
@@ -207,11 +207,8 @@ def _plan(
                         match=args.match,
                         controls=not args.no_controls,
                         tuned=tuned,
-                        recovered=recovered,
                     )
                 jobs = planning.plan(study, place, composer, retry_failed=args.retry_failed)
-            if recovered:
-                set_aside(place)
             write_study(study, place)
         planned[place] = study, jobs
     if declared:

@@ -27,7 +27,6 @@ _FORM: dict[str, Any] = {
     "decide": dict[str, Any],
     "others": dict[str, Any],
 }
-_FOLDER = Path(str(resources.files("ekd_lightning.conf"))) / "study"
 _OF_THE_STUDY = ("method", "data", "data.fraction", "data.per_class", "recipe.epochs", "seed", "resume")
 """Keys that a declared study sets itself, by its parts, rows, seeds and `least`."""
 
@@ -98,11 +97,6 @@ class Declaration:
         return max(self.epochs, math.ceil(self.steps / (images // batch_size)))
 
 
-def shipped() -> list[str]:
-    """Names of the package's declared studies."""
-    return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
-
-
 def read_declaration(name: str) -> Declaration:
     """Reads a declared study.
 
@@ -112,11 +106,12 @@ def read_declaration(name: str) -> Declaration:
     Raises:
         UserError: If there is no such file, its content has another form, or an override is not allowed in a study.
     """
-    path = Path(name) if name.endswith(".yaml") else _FOLDER / f"{name}.yaml"
+    folder = Path(str(resources.files("ekd_lightning.conf"))) / "study"
+    path = Path(name) if name.endswith(".yaml") else folder / f"{name}.yaml"
     if not path.is_file():
-        if path.parent != _FOLDER:
+        if path.parent != folder:
             raise UserError(f"--study {name}: no such file")
-        raise unknown_name("study", name, shipped())
+        raise unknown_name("study", name, [one.stem for one in folder.glob("*.yaml")])
     content = read_yaml(path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: must be a mapping with the keys parts and decide (overrides, least, others)")

@@ -22,7 +22,7 @@ from ekd_lightning.config.config import (
 )
 from ekd_lightning.config.edge import parse_names
 from ekd_lightning.config.overrides import key_of, may_be_given, override
-from ekd_lightning.errors import UserError
+from ekd_lightning.errors import UserError, few
 from ekd_lightning.progress import track
 from ekd_lightning.reporting.estimates import plural
 from ekd_lightning.reporting.report import kind_of_machine
@@ -34,7 +34,7 @@ from ekd_lightning.settings import Settings, is_free
 from ekd_lightning.studies.checking import check_job, obtain_weights
 from ekd_lightning.studies.cost import remaining_cost, training_cost
 from ekd_lightning.studies.rows import plan_rows, with_tuned
-from ekd_lightning.studies.study import MATCHES, Composer, RowPlan, Study, continued, read_run, union
+from ekd_lightning.studies.study import MATCHES, RUNS, Composer, RowPlan, Study, continued, read_run, union
 from ekd_lightning.studies.sweep import Job
 
 if TYPE_CHECKING:
@@ -56,7 +56,6 @@ def build_study(
     match: str | None = None,
     controls: bool = True,
     tuned: Path | None = None,
-    recovered: bool = False,
 ) -> Study:
     """Builds the study that the command asks for, joined with the study that its folder already holds.
 
@@ -70,7 +69,6 @@ def build_study(
         match: Costs at which plain students are added, e.g. `macs,parameters`, or `none`.
         controls: Whether the usual controls are added to a new study; those of `old` were settled when it was new.
         tuned: Folder of settings from ekd-tune.
-        recovered: Whether `old` was recovered from runs; named rows then bring what they bring to a new study.
 
     Raises:
         UserError: For unknown names, or a contradiction to the folder's study.
@@ -87,12 +85,12 @@ def build_study(
     usual = cfg.data.fraction if cfg.data.fraction is not None else 1.0
     declared = {row.name for row in old.rows} if old and old.declaration else set()
     own = {row.name for row in old.rows if row.seeds is not None} if old and seeds else set()
-    more, settled = tuple(seeds), None if recovered and methods else old
-    fractions = tuple(fractions) or (settled.fractions if settled else (usual,))
-    seeds = tuple(seeds) or (settled.seeds if settled else (0, 1, 2))
+    more = tuple(seeds)
+    fractions = tuple(fractions) or (old.fractions if old else (usual,))
+    seeds = tuple(seeds) or (old.seeds if old else (0, 1, 2))
     rows = [row for row in old.rows if row.name in own] if old else []
     if methods is not None:
-        controls &= settled is None
+        controls &= old is None
         matches = parse_names("--match", match or ("macs,parameters" if controls else "none"), (*MATCHES, "none"))
         rows = plan_rows(methods, [by for by in matches if by != "none"], controls, common, old, composer)
     kept, rows = [row for row in rows if row.name in declared], [row for row in rows if row.name not in declared]
@@ -128,6 +126,8 @@ def plan(study: Study, folder: Path, compose: Composer, *, retry_failed: bool) -
     for one in found.left:
         log.warning("%s failed earlier and is skipped: %s (--retry-failed runs it again)", one.name, one.error)
     _warn_of_other_machines(found.done)
+    if left := sorted(path.name for path in (folder / RUNS).glob("*-f*-s*") if path not in found.directories):
+        log.warning("%s: holds runs that are not in the study: %s", folder / RUNS, few(left))
     return jobs
 
 
@@ -137,6 +137,7 @@ class _Runs:
     def __init__(self, study: Study, folder: Path, compose: Composer, *, retry_failed: bool) -> None:
         self._study, self._folder, self._compose, self._retry_failed = study, folder, compose, retry_failed
         self.done, self.left, self.running = list[RunEntry](), list[RunEntry](), 0
+        self.directories: set[Path] = set()
         self._jobs: list[tuple[tuple[float, int, int], Job]] = []
         self._recorded, self._checked, self._inputs = list[RunEntry](), list[Settings](), StudyInputs()
         self._free = [word for word in study.common if may_be_given(word)]
@@ -150,6 +151,7 @@ class _Runs:
         whole: dict[str, int] | None = None
         for seed in seeds:
             found, words = read_run(self._folder, row.name, fraction, seed), self._study.words(row, fraction, seed)
+            self.directories.add(found.directory)
             failed = found.state is RunState.FAILED
             keeps = found.is_over or found.state is RunState.STOPPED
             keeps |= failed and found.on_disk.last_checkpoint.is_file()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,13 +12,15 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from ekd_lightning.config.overrides import computing, is_hydras, is_under, key_of, shell_word
+from ekd_lightning.config.overrides import computing, is_hydras, is_under, key_of
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import DamagedFileError, read_json, write_json
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import FORMAT, require_format
 from ekd_lightning.runs.lock import LOCK_FILE
 from ekd_lightning.runs.words import check_words
+
+log = logging.getLogger(__name__)
 
 STUDY_FILE = "study.json"
 RUNS = "runs"
@@ -28,13 +32,13 @@ Runs = Mapping[str, Mapping[int, RunEntry]]
 
 
 class LostStudyError(UserError):
-    """A study whose study.json is damaged, or missing beside its runs; `what` says which."""
+    """A study whose study.json is damaged, or missing beside its runs."""
 
-    def __init__(self, folder: Path, what: object) -> None:
-        again = f"ekd-compare --output {shell_word(str(folder))} makes it again from the records of its runs"
-        rest = "repeat --methods, --seeds and --fractions, as runs that had not started are not on record"
-        super().__init__(f"{what}; {again}; {rest} (part of a declared study: --study and --output of that study)")
-        self.what = what
+    def __init__(self, what: object) -> None:
+        super().__init__(
+            f"{what}; repeat the command that began the study, with its --methods, --seeds and --fractions or its "
+            "--study, and its overrides: that plans it again and keeps its finished runs"
+        )
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,6 @@ class Study:
         data: Name of the data set.
         working_directory: Directory from which relative paths of its runs are resolved; empty if unknown.
         declaration: Name of the declared study that it is a part of; empty for an undeclared study.
-        recovered: Whether it was made again from its runs; not recorded.
     """
 
     rows: tuple[RowPlan, ...]
@@ -95,7 +98,6 @@ class Study:
     data: str = ""
     working_directory: str = ""
     declaration: str = ""
-    recovered: bool = False
 
     def seeds_of(self, row: RowPlan) -> tuple[int, ...]:
         """The seeds of a row."""
@@ -155,9 +157,7 @@ def parse_numbers(option: str, text: str) -> tuple[Any, ...]:
 
 def write_study(study: Study, folder: Path) -> None:
     """Writes study.json."""
-    content = {
-        name: value for name, value in vars(study).items() if name != "recovered" and (value or name != "declaration")
-    }
+    content = {name: value for name, value in vars(study).items() if value or name != "declaration"}
     content |= {"rows": {row.name: _row_record(row) for row in study.rows}, "format": FORMAT}
     write_json(folder / STUDY_FILE, content)
 
@@ -182,7 +182,7 @@ def read_study(folder: Path) -> Study | None:
     path = folder / STUDY_FILE
     if not path.is_file():
         if (folder / RUNS).is_dir() and any((folder / RUNS).iterdir()):
-            raise LostStudyError(folder, f"{path}: lost")
+            raise LostStudyError(f"{path}: lost")
         if folder.exists() and not (folder.is_dir() and {one.name for one in folder.iterdir()} <= {LOCK_FILE}):
             raise UserError(f"--output {folder}: not a study (it has no {STUDY_FILE}) and not empty")
         return None
@@ -195,13 +195,35 @@ def read_study(folder: Path) -> Study | None:
         declaration = str(content.get("declaration", ""))
         study = Study(rows, fractions, seeds, common, str(content["data"]), where, declaration)
     except DamagedFileError as error:
-        raise LostStudyError(folder, error) from None
+        raise LostStudyError(error) from None
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise LostStudyError(folder, f"{path}: damaged") from None
+        raise LostStudyError(f"{path}: damaged") from None
     check_words(common, path)
     return study
+
+
+def read_earlier(folder: Path, *, planned: bool) -> Study | None:
+    """The study that a folder already holds; None if it has none, or a lost one that the command plans again.
+
+    Args:
+        folder: Folder of the study.
+        planned: Whether the command says what the study is; a damaged study.json is then kept as study.json.damaged.
+
+    Raises:
+        UserError: As `read_study`.
+    """
+    try:
+        return read_study(folder)
+    except LostStudyError:
+        if not planned:
+            raise
+        path = folder / STUDY_FILE
+        log.warning("%s: lost or damaged; this command plans the study again", path)
+        if path.is_file():
+            shutil.copyfile(path, path.with_name(f"{STUDY_FILE}.damaged"))
+        return None
 
 
 def _read_row(path: Path, name: str, row: Mapping[str, Any]) -> RowPlan:
@@ -257,8 +279,6 @@ def union(old: Study, new: Study) -> Study:
     Raises:
         UserError: If the common overrides, or the overrides of a row, differ.
     """
-    if old.recovered:
-        old = _completed(old, new)
     ours, theirs = computing(new.common), computing(old.common)
     if ours != theirs:
         different = sorted({key_of(word) for word in set(ours) ^ set(theirs)})
@@ -285,15 +305,6 @@ def union(old: Study, new: Study) -> Study:
         old.working_directory or new.working_directory,
         new.declaration or old.declaration,
     )
-
-
-def _completed(old: Study, new: Study) -> Study:
-    """A recovered study with the common overrides that applied to none of the rows whose runs had started."""
-    known = {key_of(word) for word in old.common}
-    more = [word for word in new.common if key_of(word) not in known]
-    without = {row.name: row.without for row in new.rows}
-    rows = (replace(row, without=without.get(row.name, row.without)) for row in old.rows)
-    return replace(old, rows=tuple(rows), common=(*old.common, *more))
 
 
 def read_run(folder: Path, row: str, fraction: float, seed: int) -> RunEntry:
