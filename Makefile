@@ -63,8 +63,8 @@ study: $(READY) ## the study that conf/study/$(STUDY).yaml declares, stopped and
 	$(BIN)/ekd-compare --study $(STUDY) --output runs/study/$(STUDY) $(if $(ONLY),--only $(ONLY)) $(OVERRIDES)
 
 study-pages: $(READY) ## docs/results/study from its records, and what runs/study holds besides; the README's table, too
-	$(BIN)/ekd-report docs/results/study/*.jsonl $(wildcard runs/study/full) -o docs/results/study --study-pages --study full \
-		--readme README.md --force
+	$(BIN)/ekd-report docs/results/study/*.jsonl $(wildcard runs/study/full) -o docs/results/study --study-pages --study full --force
+	$(BIN)/python docs/tools/readme_table.py docs/results/study README.md
 
 bench: $(READY) ## this machine's speed against a plain PyTorch loop, on the bundled digits
 	$(BIN)/ekd-bench

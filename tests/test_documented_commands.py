@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -110,7 +111,7 @@ def test_links_between_files_lead_somewhere():
         assert [link for link in links if ":" not in link and not (page.parent / link).exists()] == [], page
 
 
-STUDY_PAGES = ("--study-pages", "--study", "full", "--readme", "README.md", "--force")
+STUDY_PAGES = ("--study-pages", "--study", "full", "--force")
 
 
 def undrawn(block: Block) -> CaptionedFigure:
@@ -135,6 +136,7 @@ def test_the_pages_of_studies_are_made_of_their_records(monkeypatch: pytest.Monk
     records = [path.relative_to(tmp_path) for path in (tmp_path / study).glob("*.jsonl")]
     code, _, err = called(report.main, *records, "-o", study, *STUDY_PAGES)
     assert code == 0, err
+    runpy.run_path(str(ROOT / "docs" / "tools" / "readme_table.py"))["main"](str(study), Path("README.md"))
     made = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()]
     assert {path.suffix for path in made} == {".md", ".jsonl", ".json", ".svg"}
     assert [path for path in made if path.read_bytes() != (ROOT / path).read_bytes()] == []

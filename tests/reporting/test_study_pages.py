@@ -281,15 +281,12 @@ def test_what_is_not_done_is_known_by_the_declaration(tmp_path: Path) -> None:
     "content",
     [None, b'{"study": "x", ', b"\xff\xfe{}", b'{"study": "s"}\n{"row": "ce", "result": {"seed": 0, "fraction": 1'],
 )
-def test_damaged_records_and_a_missing_readme_are_one_line(tmp_path: Path, content: bytes | None) -> None:
+def test_damaged_records_are_one_line(tmp_path: Path, content: bytes | None) -> None:
     path, out = tmp_path / "some.jsonl", tmp_path / "out"
     if content is not None:
         path.write_bytes(content)
     code, err = pages(path, "-o", out)
     assert (code, str(path) in err, out.exists()) == (2, True, False)
-    study = write(tmp_path / "a", {"ekd": EKD})
-    code, err = pages(study, "-o", out, "--readme", tmp_path / "none.md")
-    assert (code, "none.md: cannot be read" in err, out.exists()) == (2, True, False)
 
 
 def test_a_report_on_a_study_corrects_as_its_own_table_does(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from ekd_lightning.config.commands import print_next, typed
 from ekd_lightning.config.edge import make_parser, parse_names, run_command
 from ekd_lightning.config.overrides import shell_word
 from ekd_lightning.errors import UserError, require
-from ekd_lightning.files import write_text
 from ekd_lightning.progress import part, phase, session
 
 if TYPE_CHECKING:
@@ -59,7 +58,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="write README.md, one page per data set, and small records of the runs to remake the pages from",
     )  # fmt: skip
     parser.add_argument("--study", metavar="NAME", help="with --study-pages: list the missing runs of this study")
-    parser.add_argument("--readme", type=Path, help="with --study-pages: file whose marked section is rewritten")
     run_command(parser, run_report, argv, level=logging.WARNING)
 
 
@@ -72,9 +70,8 @@ def run_report(args: argparse.Namespace) -> None:
     if args.study_pages:
         with session("report", keep=False), phase("report"):
             return write_study_pages(args)
-    for name in ("study", "readme"):
-        if getattr(args, name):
-            raise UserError(f"--{name}: has an effect only with --study-pages")
+    if args.study:
+        raise UserError("--study: has an effect only with --study-pages")
     if args.no_figures and args.formats != ",".join(FORMATS):
         raise UserError("--formats: has no effect with --no-figures")
     formats = [] if args.no_figures else parse_names("--formats", args.formats, FORMATS)
@@ -135,7 +132,6 @@ def write_study_pages(args: argparse.Namespace) -> None:
 
     require("report", "matplotlib", or_else=_WITHOUT_FIGURES)
     report_files.check_output(args.output, force=args.force, marked=False)
-    around = None if args.readme is None else _around_section(args.readme)
     every = list(_of_studies(collect(args.runs).runs, _study))
     runs = report_files.each_once(run for run in every if run.state == "done")
     if not runs:
@@ -151,15 +147,12 @@ def write_study_pages(args: argparse.Namespace) -> None:
 
     files = report_files.replace_files(args.output, write)
     (report,) = made
-    if around is not None:
-        before, after = around
-        write_text(args.readme, f"{before}{study_pages.readme_section(report, args.output.as_posix())}{after}")
     print(study_pages.lead([one for block in report.blocks for one in study_pages.standings(block)]))
     print(f"{len(runs)} runs; {len(files)} files in {args.output}")
     over = all(run.state == "done" for run in every)  # records hold finished runs only
     sources = [path for path in files if path.suffix == RECORDS] if over else args.runs
     again = ["ekd-report", *map(typed, sources), "-o", typed(args.output)]
-    given = [f"--{name} {typed(value)}" for name in ("study", "readme") if (value := getattr(args, name))]
+    given = ["--study", typed(args.study)] if args.study else []
     print_next(" ".join([*again, "--study-pages", *given, "--force"]))
 
 
@@ -218,18 +211,6 @@ def _missing(name: str, runs: Sequence[RunEntry]) -> list[str]:
             share = f"{100 * one.fraction:g} % of the labels"
             lines.append(f"{one.data}, {share}: {', '.join(left)}, of {len(keys)} runs of `{study}`")
     return lines
-
-
-def _around_section(readme: Path) -> tuple[str, str]:
-    """The text before and after the README's section, each with the section's mark."""
-    start, end = "<!-- first-result -->\n", "<!-- /first-result -->"
-    try:
-        before, _, rest = readme.read_text(encoding="utf-8").partition(start)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--readme {readme}: cannot be read ({error})") from None
-    if end not in rest:
-        raise UserError(f"--readme {readme}: lacks the marks of the section, {start.strip()} and {end} after it")
-    return f"{before}{start}", f"{end}{rest.split(end, 1)[1]}"
 
 
 def _print(report: Report, folder: Path, files: Sequence[Path]) -> None:

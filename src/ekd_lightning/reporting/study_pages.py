@@ -221,11 +221,11 @@ def _protocol(block: Block) -> str:
         lines.append(f"Teachers: {', '.join(known)}.")
     about = {str(run.study): run.about for run in runs if run.about}
     lines += [f"{md.code(name)}: {about[name]}" for name in sorted(about)]
-    lines.append(_made_on(block.done))
+    lines.append(made_on(block.done))
     return _bullets(lines) + "\n"
 
 
-def _made_on(groups: Sequence[Group]) -> str:
+def made_on(groups: Sequence[Group]) -> str:
     """The machines of all runs, with the rows of each kind except the most frequent."""
     runs: dict[str, list[str]] = defaultdict(list)
     for group in groups:
@@ -257,64 +257,6 @@ def _standing_words(one: Standing) -> str:
 def _difference(found: Difference) -> str:
     tested = "" if found.tested is None or found.half is None else f", {p_text(found.tested)}"
     return f"{interval_text(found)}{tested}"
-
-
-_README = {
-    "ce": "labels alone (`ce`)",
-    "kd_mean": "plain distillation (`kd_mean`)",
-    "kd_mean_maps": "the same, imitating maps of every stage, too (`kd_mean_maps`)",
-    "kd_mean_macs": "plain distillation, larger student (`kd_mean_macs`)",
-    "ekd": "**EKD** (`ekd`)",
-    "ekd_pooled": "EKD with early branches and pooled features (`ekd_pooled`)",
-}
-"""Rows of the README's table, if the block has them, with their names there."""
-
-
-def readme_section(report: Report, folder: str) -> str:
-    """The README's table: the block of limited data with most rows, and the best other method at no more cost.
-
-    Args:
-        report: The report on all records.
-        folder: Path of the pages' folder, relative to the README.
-    """
-    found = [one for block in report.blocks for one in standings(block)]
-    whole = [
-        one
-        for one in found
-        if (one.block.fraction or 1.0) <= LIMITED and one.best and one.side(one.best.label) != "too few runs"
-    ]
-    if not whole:
-        return "No study with limited data has enough runs.\n"
-    one = max(whole, key=lambda s: (len(s.block.done), s.ekd.label == "ekd", s.ekd.label))
-    block, best = one.block, one.best
-    assert best is not None
-    groups = {group.label: group for group in block.done}
-    named = {**_README, one.ekd.label: _README.get(one.ekd.label, f"**EKD** ({md.code(one.ekd.label)})")}
-    named.setdefault(best.label, f"the best other method at no more cost ({md.code(best.label)})")
-    rows = [
-        (
-            md.Markdown(called),
-            percent(groups[label].accuracy),
-            f"{(groups[label].mean('macs') or 0) / 1e6:.1f} M",
-            f"{(groups[label].mean('num_parameters') or 0) / 1e3:.0f} k",
-        )
-        for label, called in named.items()
-        if label in groups
-    ]
-    intro = (
-        f"{100 * (block.fraction or 1):g} % of {block.data}'s labels, {len(block.teachers)} pretrained teachers, "
-        f"{block.protocol.steps or 0:,} steps, mean ± standard deviation over {one.ekd.n} seeds; all {len(groups)} "
-        f"rows, and the other studies, are in [{folder}]({folder}/README.md). "
-        f"{_made_on([groups[label] for label in named if label in groups])}"
-    )
-    cost = (best.mean("macs") or 0) / (one.ekd.mean("macs") or 1)
-    said = (
-        f"**{lead(found)}** In this table the best other method is "
-        f"{md.code(best.label)}, at {100 * cost:.0f} % of EKD's cost; the difference (EKD minus this method) is "
-        f"{interval_text(one.against.get(best.label))} points."
-    )
-    table = md.table(("method", "test accuracy %", "MACs", "parameters"), rows)
-    return f"{_filled(intro)}\n\n{table}\n{_filled(said)}\n\n"
 
 
 def write_pages(report: Report, folder: Path, missing: Sequence[str] = ()) -> list[Path]:
