@@ -46,16 +46,7 @@ def matmul_peak(dtype: torch.dtype, device: torch.device, repeats: int = 5) -> f
 def take_turns(
     alternatives: Mapping[str, Callable[[], float]], rounds: int, *, warm_up: bool = True
 ) -> dict[str, list[float]]:
-    """Measures the rate of every alternative, round by round.
-
-    Args:
-        alternatives: Name -> measures once and returns a rate (larger is faster).
-        rounds: Measurements of each, at least 1.
-        warm_up: Whether a first round is thrown away.
-
-    Returns:
-        Name -> the rates of the counted rounds.
-    """
+    """Measures the rate of every alternative (larger is faster), round by round; the warm-up round does not count."""
     rates: dict[str, list[float]] = {name: [] for name in alternatives}
     with part("", (rounds + warm_up) * len(alternatives), "measurements") as task:
         for number in range(rounds + warm_up):

@@ -236,13 +236,7 @@ def growth(bench: Bench) -> dict[str, Any]:
 
 
 def peak_share(bench: Bench, teachers: dict[str, Any], epoch: dict[str, Any]) -> dict[str, Any]:
-    """(h) Share of the measured matrix-product peak; a training step counts as three forward passes.
-
-    Args:
-        bench: The benchmark.
-        teachers: Result of part b.
-        epoch: Result of part c.
-    """
+    """(h) Share of the measured matrix-product peak, from parts b and c; a step counts as three forward passes."""
     formats = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     peaks = {name: matmul_peak(dtype, bench.device) for name, dtype in formats.items()}
     format_ = str(teacher_dtype("auto", bench.device.type)).removeprefix("torch.")
@@ -305,11 +299,6 @@ def step_profile(bench: Bench) -> dict[str, Any]:
 
 def time_shares(work: Callable[[], object], device: torch.device, most: int = 15) -> dict[str, Any]:
     """Measures each group's share of the time, by kernels on a GPU and by operators on a CPU.
-
-    Args:
-        work: Function to profile, already warmed up.
-        device: Its device.
-        most: Number of single kernels or operators in the result.
 
     Returns:
         Shares in [0, 1] by group, the largest kernels in microseconds with their number of calls, and the share of

@@ -97,13 +97,7 @@ _PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
 def measure(key: str, bench: Bench, found: dict[str, Any]) -> dict[str, Any]:
     """Measures one part.
 
-    Args:
-        key: Letter of the part.
-        bench: From `make_bench`.
-        found: Results of earlier parts; the results of parts that this one needs are added.
-
-    Returns:
-        The part's numbers, for a table and JSON.
+    Parts that it needs are measured and added to `found`, the results of earlier parts.
     """
     with quiet():  # `make_bench` has already warned
         if key != "h":

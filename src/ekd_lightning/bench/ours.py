@@ -34,14 +34,7 @@ from ekd_lightning.training.trainer import EpochReport, EpochSeed, build_trainer
 
 
 class Fitted(NamedTuple):
-    """A finished training.
-
-    Attributes:
-        images_per_second: Over all epochs.
-        module: The trained module.
-        seconds: Time of the training that the rate is over.
-        clock: Times of its phases.
-    """
+    """A finished training: images per second over all epochs, the seconds of this rate, and times of phases."""
 
     images_per_second: float
     module: Distiller
@@ -51,13 +44,7 @@ class Fitted(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """A training to be timed.
-
-    Attributes:
-        settings: Settings of the run.
-        teachers: Teachers, loaded once for all jobs.
-        device: Device of the training.
-    """
+    """A training to be timed; its teachers are loaded once for all jobs."""
 
     settings: Settings
     teachers: TeacherEnsemble
@@ -75,13 +62,8 @@ class Job:
     def fit(self, *, whole: bool = False, validate: bool = True, also: Sequence[pl.Callback] = ()) -> Fitted:
         """Trains through Lightning with the callbacks and loggers of `ekd-train`, without testing.
 
-        Args:
-            whole: Whether to time the ends of epochs, too, where curves and checkpoints are written.
-            validate: Whether to validate after each epoch, if there are images for it.
-            also: Further callbacks; they may stop the training.
-
-        Returns:
-            The training and its times, which include the teachers.
+        The rate is that of the steps, or of the `whole` training with the ends of epochs, where curves and checkpoints
+        are written.
         """
         prepared = self.prepared()
         module = make_distiller(self.settings, prepared, self.teachers)
@@ -174,10 +156,8 @@ def _synchronize(module: pl.LightningModule) -> None:
 class BareLoop:
     """The step of a run, with its images, teacher tables and optimiser, in a `for` loop without Lightning.
 
-    On CUDA the step is recorded as one graph, elsewhere it runs unrecorded.
-
-    Args:
-        job: The training; weights of terms and assignment must be the same in all steps.
+    On CUDA the step is recorded as one graph, elsewhere it runs unrecorded. Weights of terms and the assignment must be
+    the same in all steps.
     """
 
     def __init__(self, job: Job) -> None:

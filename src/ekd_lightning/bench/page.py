@@ -86,13 +86,7 @@ def _blocks(group: Mapping[str, Any], name: str = "") -> Iterator[str]:
 
 
 def page(found: Mapping[str, Any], parts: Mapping[str, str], file: str) -> str:
-    """Returns the page.
-
-    Args:
-        found: What `ekd-bench` writes as JSON.
-        parts: Letter -> name of each part, in the page's order.
-        file: Name of the JSON file, beside the page.
-    """
+    """Returns the page of what `ekd-bench` wrote to the JSON `file` beside it."""
     origin = found["origin"]
     hardware, packages = origin["hardware"], origin["packages"]
     devices = ", ".join(hardware["gpus"]) or "no GPU"

@@ -69,12 +69,7 @@ class _PlainNetworks(NetworkAccess):
 
 
 class PlainLoop:
-    """Trains a student under live teachers, in float32.
-
-    Args:
-        job: The training, by SGD with Nesterov momentum and the same loss as in this package's loops.
-        workers: Number of loader workers.
-    """
+    """Trains a student under live teachers in float32, with SGD and the same loss as in this package's loops."""
 
     memory_format = torch.preserve_format
     pinned = False
@@ -156,13 +151,7 @@ class PlainLoop:
 
 
 class CarefulLoop(PlainLoop):
-    """The same loop as a careful user writes it: channels-last, autocast to bfloat16, torch.compile, pinned batches.
-
-    Args:
-        job: The training; its teachers are copied.
-        workers: Number of loader workers.
-        mode: Mode of `torch.compile`; "reduce-overhead" records compiled parts as CUDA graphs.
-    """
+    """The same loop as a careful user writes it: channels-last, autocast to bfloat16, torch.compile, pinned batches."""
 
     memory_format = torch.channels_last
     pinned = True

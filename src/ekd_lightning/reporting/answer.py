@@ -66,15 +66,10 @@ _ACCURACY = "test_accuracy"
 
 @dataclass(frozen=True)
 class Finding:
-    """A comparison of EKD with another group.
+    """A comparison of EKD with another group: its role and verdict as in `ROLES` and `VERDICTS`, and a sentence.
 
-    Attributes:
-        role: Role of the other group: one of `ROLES`.
-        other: The other group.
-        difference: EKD minus the other; None without a common seed. `p_holm` is corrected over the named controls,
-            that of `best` over all other methods.
-        verdict: One of `VERDICTS`.
-        sentence: The comparison in words.
+    `difference` is EKD minus the other, None without a common seed. `p_holm` is corrected over the named controls, that
+    of `best` over all other methods.
     """
 
     role: str
@@ -86,14 +81,9 @@ class Finding:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the runs of a block say about EKD.
+    """What the runs of a block say about EKD, whose group is None if none is done.
 
-    Attributes:
-        block: The block.
-        subject: The group that represents EKD; None if none is done.
-        headline: One or two sentences to lead with.
-        findings: The comparisons.
-        remarks: Further sentences on settings of EKD, costs, heterogeneity, missing controls, too few runs.
+    The headline leads; remarks are on settings of EKD, costs, heterogeneity, missing controls, too few runs.
     """
 
     block: Block
@@ -259,11 +249,6 @@ def _equal_cost(block: Block, subject: Group) -> Group | None:
 def _against_best(block: Block, subject: Group, findings: Sequence[Finding]) -> tuple[Finding | None, list[Group]]:
     """Compares EKD with the best other method; its p value is corrected for the selection.
 
-    Args:
-        block: The block.
-        subject: The group that represents EKD.
-        findings: The comparisons with the controls; the best other method may be one of them.
-
     Returns:
         The comparison, and the groups with a higher test accuracy but too few runs to compare.
     """
@@ -298,15 +283,7 @@ def _differences(subject: Group, others: Iterable[Group]) -> dict[str, Differenc
 
 
 def _finding(role: str, other: Group, subject: Group, found: Mapping[str, Difference], called: str) -> Finding:
-    """One comparison.
-
-    Args:
-        role: Role of the other group.
-        other: The other group.
-        subject: The group that represents EKD.
-        found: All differences that were corrected together, by label.
-        called: Name of the other group in the sentence.
-    """
+    """One comparison."""
     ours, theirs = subject.by_seed(_ACCURACY), other.by_seed(_ACCURACY)
     common = [seed for seed in ours if seed in theirs]
     means = [statistics.fmean(values[seed] for seed in common) for values in (ours, theirs)] if common else []
@@ -325,13 +302,9 @@ def judge(difference: Difference | None) -> str:
 
 
 def comparison(other: str, difference: Difference | None, accuracies: Sequence[float], compared: int) -> str:
-    """EKD against another, as a sentence.
+    """EKD against another, as a sentence, with the p value corrected for the number of comparisons.
 
-    Args:
-        other: Name of the other.
-        difference: EKD minus the other, with the corrected p value; None without a common seed.
-        accuracies: Mean test accuracies of EKD and the other over their common seeds.
-        compared: Number of comparisons over which p is corrected.
+    `accuracies` are the means of EKD and the other over their common seeds.
     """
     if difference is None:
         return f"Too few runs to compare {SUBJECT} with {other}: they have no seed in common."

@@ -88,9 +88,6 @@ def blocks(groups: Sequence[Group]) -> list[Block]:
 
     A group without teachers is in the block of every pool.
 
-    Args:
-        groups: As `group` makes them.
-
     Returns:
         Blocks by data set and fraction, those with more groups first.
     """
@@ -115,13 +112,7 @@ def blocks(groups: Sequence[Group]) -> list[Block]:
 def block_of_rows(
     data: str, fraction: float, rows: Mapping[str, Sequence[RunEntry]], deciding: Collection[str] | None = None
 ) -> Block:
-    """The block of named rows, e.g. those of a study; each is one group.
-
-    Args:
-        data: Name of the data set.
-        fraction: Share of the training images.
-        rows: The runs of each, at least one, done or not.
-        deciding: Rows that the question is about; None for all.
+    """The block of named rows, e.g. those of a study; each is one group. All rows decide if `deciding` is None.
 
     Raises:
         UserError: If two runs differ in their protocol.
@@ -139,9 +130,6 @@ def check_comparable(rows: Mapping[str, Sequence[RunEntry]]) -> None:
     All runs that are done must share the protocol. The pool of teachers must be the same for all that were taught by
     all of it; a method that was given one teacher must have it from this pool. Within a row, method, weights of the
     terms and networks must be the same, too.
-
-    Raises:
-        UserError: Naming the field and two runs.
     """
     done = {name: [run for run in runs if run.state == "done"] for name, runs in rows.items()}
     every = [run for runs in done.values() for run in runs]

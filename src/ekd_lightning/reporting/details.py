@@ -115,11 +115,7 @@ def own_teachers(group: Group) -> list[int | None]:
 
 
 def matrix(group: Group, key: str) -> Array | None:
-    """Mean over runs of a field that is a matrix, float [rows, columns], NaN for null.
-
-    Returns:
-        None if no run has it, or the runs differ in its shape.
-    """
+    """Mean over runs of a matrix, float [rows, columns], NaN for null; None without one common shape."""
     try:
         found = [np.array(run.get(key), dtype=float) for run in group.done if run.get(key) is not None]
         mean = np.mean(np.stack(found), axis=0)
@@ -129,15 +125,7 @@ def matrix(group: Group, key: str) -> Array | None:
 
 
 def curves(group: Group, names: Sequence[str] = CURVES) -> dict[str, list[tuple[int, Estimate]]]:
-    """Curves over epochs: mean and interval over the runs that reached an epoch.
-
-    Args:
-        group: Its runs; one without a readable metrics.csv adds nothing.
-        names: Columns of metrics.csv.
-
-    Returns:
-        By column: (epoch from 1, estimate), ascending; without the columns that no run has.
-    """
+    """Mean and interval of columns of metrics.csv over the runs that reached an epoch, by column and epoch, from 1."""
     read: list[Mapping[str, Mapping[int, float]]] = []
     for run in group.done:
         with contextlib.suppress(DamagedFileError):
@@ -220,15 +208,7 @@ class Bin:
 
 
 def reliability(arrays: Sequence[dict[str, Array]], suffix: str = "") -> list[Bin]:
-    """A reliability diagram over runs, without empty bins.
-
-    Args:
-        arrays: One for each run, from `read_arrays`.
-        suffix: One of `SUFFIXES`.
-
-    Returns:
-        By confidence; empty if no run has the arrays, or they differ in the number of bins.
-    """
+    """A reliability diagram over runs by confidence, without empty bins; none if runs differ in their number."""
     names = [f"reliability_{what}{suffix}" for what in _RELIABILITY]
     have = [[one[name] for name in names] for one in arrays if all(name in one for name in names)]
     if not have or any(part.shape != have[0][0].shape for one in have for part in one):
@@ -256,11 +236,9 @@ def seed_spread(group: Group) -> Spread | None:
 
 
 def read_arrays(group: Group, names: Sequence[str] | None = None) -> list[dict[str, Array]]:
-    """The arrays of each run of a group that has some, by seed; a damaged file adds nothing.
+    """The named arrays of each run of a group that has some, by seed; those of reliability diagrams by default.
 
-    Args:
-        group: The group.
-        names: Which arrays; those of reliability diagrams if None.
+    A damaged file adds nothing.
     """
     names = names or [f"reliability_{what}{suffix}" for what in _RELIABILITY for suffix in SUFFIXES]
     found = []

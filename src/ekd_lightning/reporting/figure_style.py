@@ -79,13 +79,7 @@ _RC: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class CaptionedFigure:
-    """A figure.
-
-    Attributes:
-        name: Name of its file, without ending.
-        figure: The figure.
-        caption: Its caption, with n.
-    """
+    """A figure with the name of its file, without ending, and its caption."""
 
     name: str
     figure: Figure
@@ -133,8 +127,7 @@ def style() -> Iterator[None]:
 class LineStyles:
     """Colour, marker and dash of each label, the same in all figures of a report.
 
-    Args:
-        labels: In the order in which they get colours, which repeat with other dashes after the eighth.
+    Colours repeat with other dashes after the eighth label.
     """
 
     def __init__(self, labels: Iterable[str]) -> None:
@@ -152,13 +145,7 @@ class LineStyles:
 
 
 def panels(count: int, most: int = 3, height: float = PANEL) -> tuple[Figure, list[Axes]]:
-    """A figure with `count` panels, at most `most` beside each other.
-
-    Args:
-        count: Number of panels.
-        most: Largest number in a row; a figure with fewer panels is narrower.
-        height: Height of a panel in inches.
-    """
+    """A figure with `count` panels, at most `most` beside each other, each `height` inches high."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
 
@@ -199,12 +186,7 @@ def heat_map(
 ) -> None:
     """A matrix as coloured cells with a text in each; row 0 is at the bottom.
 
-    Args:
-        axes: Axes to draw in.
-        values: float [rows, columns]; NaN leaves a cell empty.
-        texts: Text of each cell.
-        limits: Values of the first and the last colour.
-        label: Label of the colour scale.
+    `values` is float [rows, columns], NaN leaves a cell empty; `limits` are the values of the first and last colour.
     """
     from matplotlib.colors import LinearSegmentedColormap  # noqa: PLC0415
 

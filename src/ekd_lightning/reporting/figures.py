@@ -205,16 +205,7 @@ KINDS: dict[str, tuple[str, Draw]] = {
 
 
 def write_figures(report: Report, folder: Path, formats: Sequence[str]) -> list[Path]:
-    """Draws and writes all figures for which the runs have data.
-
-    Args:
-        report: The runs.
-        folder: Created if necessary.
-        formats: Of `svg` and `png`.
-
-    Returns:
-        The files: `<name>.<format>`, and `figures.md` with captions and a list of the figures without data.
-    """
+    """Draws and writes all figures for which the runs have data, and figures.md with captions and what was left out."""
     folder.mkdir(parents=True, exist_ok=True)
     styles = LineStyles(report.ordered_labels)
     files: list[Path] = []

@@ -185,9 +185,6 @@ def group(collection: Collection) -> list[Group]:
     method agree. Of runs with the same seed the newest counts (by the time in status.json, then by name); the
     others become duplicates. A run without a result joins the group with its configuration, or else forms a group of
     its own. Runs from files of records are grouped by the row that their study names.
-
-    Returns:
-        The groups by data set, fraction and label; independent of the order of the runs.
     """
     runs = sorted((run for run in collection.runs if run.row is None), key=lambda run: run.name)
     members: dict[Any, list[RunEntry]] = defaultdict(list)
@@ -225,14 +222,7 @@ def _rows(collection: Collection) -> list[Group]:
 def make_group(
     members: Sequence[RunEntry], label: str, varied: Mapping[str, Any] | None = None, *, decides: bool = True
 ) -> Group:
-    """One group of runs that differ only in their seed.
-
-    Args:
-        members: At least one, in any order.
-        label: Name of the group.
-        varied: Settings in which groups of the method differ -> value in this group.
-        decides: Whether it is a deciding row of its study.
-    """
+    """One group of runs that differ only in their seed."""
     newest: dict[int, RunEntry] = {}
     duplicates: list[RunEntry] = []
     for run in sorted(members, key=lambda run: (run.time or "", run.name)):
@@ -264,14 +254,6 @@ def differences(groups: Sequence[Group], reference: str, key: str = "test_accura
 
     p values of deciding groups are corrected for the comparisons of deciding groups, those of other groups for the
     comparisons of all groups.
-
-    Args:
-        groups: The groups of one block.
-        reference: Label of one of them.
-        key: Field of the results that is compared.
-
-    Returns:
-        By label; groups without a common seed are left out.
 
     Raises:
         ValueError: If the groups differ in protocol, or none has the label.

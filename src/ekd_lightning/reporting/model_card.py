@@ -41,15 +41,9 @@ _MANY = 12
 
 
 def model_card(export: Mapping[str, Any], result: Mapping[str, Any], *, license_id: str | None = None) -> str:
-    """Fills the card from the records.
+    """The card, filled from export.json and result.json, as Markdown with a YAML header; names are escaped.
 
-    Args:
-        export: Content of export.json.
-        result: Content of the run's result.json.
-        license_id: The hub's identifier of the licence; None leaves the choice to the reader.
-
-    Returns:
-        Markdown with a YAML header; names from the records are escaped.
+    Without a licence the choice is left to the reader.
     """
     student, method, metrics = export["student"], export["method"], export["test_metrics"]
     teachers, classes, hardware = method["teachers"], export["class_names"], export["run"]["hardware"]
@@ -96,16 +90,7 @@ def model_card(export: Mapping[str, Any], result: Mapping[str, Any], *, license_
 
 
 def refuse_foreign_card(folder: Path, export: Mapping[str, Any] | None, *, force: bool) -> None:
-    """Refuses a folder with a README.md that is not the card of an earlier export.
-
-    Args:
-        folder: Folder of the export.
-        export: Content of the folder's export.json; None if it has none.
-        force: Whether the file may be overwritten.
-
-    Raises:
-        UserError: If the folder holds such a file.
-    """
+    """Refuses a folder with a README.md that is not the card of an earlier export."""
     if export is None and (folder / CARD).exists() and not force:
         raise UserError(f"{folder / CARD}: exists and is not the model card of an export; --force overwrites it")
 
@@ -113,11 +98,7 @@ def refuse_foreign_card(folder: Path, export: Mapping[str, Any] | None, *, force
 def write_card(
     export: Mapping[str, Any], result: Mapping[str, Any], folder: Path, *, license_id: str | None, force: bool
 ) -> str:
-    """Writes the card, unless the existing card was edited after it was written.
-
-    Returns:
-        A line that tells whether the card was written.
-    """
+    """Writes the card, unless the existing card was edited after it was written; returns a line that tells which."""
     path = folder / CARD
     if path.is_file() and not force and file_sha256(path) != export.get("card_sha256"):
         return f"model card: {path} was edited and is kept (--force overwrites it)"

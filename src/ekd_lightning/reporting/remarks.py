@@ -44,14 +44,7 @@ _STATES = {
 def remarks(
     block: Block, subject: Group, controls: Mapping[str, Group], differences: Sequence[Difference | None]
 ) -> list[str]:
-    """All remarks that apply to a block.
-
-    Args:
-        block: The block.
-        subject: The group that represents EKD.
-        controls: The controls it was compared with, by role.
-        differences: The differences of all comparisons.
-    """
+    """All remarks that apply to a block."""
     candidates = [group for group in block.done if group.method in SUBJECTS and group.student == subject.student]
     siblings = [group for group in candidates if group.method == subject.method]
     found = [_chosen(subject, branched(candidates)), _trend("K", subject, siblings), _trend("M", subject, siblings)]

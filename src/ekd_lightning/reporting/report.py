@@ -93,11 +93,8 @@ class Report:
 def make_report(collection: Collection, title: str = DEFAULT_TITLE, reference: str | None = None) -> Report:
     """Groups the runs, compares them, and puts the answer into words.
 
-    Args:
-        collection: The runs.
-        title: Of the page.
-        reference: Label of a group, or name of a method, that the others are compared with. By default the plain
-            student (`ce`), else EKD, else the first group with a finished run.
+    `reference` is the label of a group or the name of a method that the others are compared with: by default the plain
+    student (`ce`), else EKD, else the first group with a finished run.
 
     Raises:
         UserError: If no block has the reference.

@@ -36,10 +36,7 @@ _SUFFIXES = (".svg", ".png", ".html", ".md", ".csv", ".json")
 def check_output(folder: Path, *, force: bool, marked: bool = True) -> None:
     """Refuses a folder that is not empty, unless it holds a report that may be replaced.
 
-    Args:
-        folder: Folder of the report.
-        force: Whether an earlier report may be replaced.
-        marked: Whether an earlier report must be recognised by its summary.
+    An earlier report must be `marked`: it is recognised by its summary.
 
     Raises:
         UserError: If it is a file, or not empty without `force`, or not empty and no report.
@@ -57,20 +54,7 @@ def check_output(folder: Path, *, force: bool, marked: bool = True) -> None:
 
 
 def write_report(report: Report, folder: Path, formats: Sequence[str], *, page: bool) -> list[Path]:
-    """Writes all files of a report in place of those of an earlier one, or none of them.
-
-    Args:
-        report: The report.
-        folder: Created if necessary.
-        formats: Of the figures; none if empty.
-        page: Whether to write the HTML page.
-
-    Returns:
-        The files, in the order of writing.
-
-    Raises:
-        UnwritableFileError: If the disk refuses, naming the folder, which is then unchanged.
-    """
+    """Writes all files of a report in place of those of an earlier one, or none of them."""
     return replace_files(folder, lambda beside: _write_files(report, beside, formats, page=page), _remove_earlier)
 
 
@@ -79,13 +63,7 @@ def replace_files(
 ) -> list[Path]:
     """Writes files into a temporary folder and then moves all of them into place; if writing fails, none.
 
-    Args:
-        folder: Final folder; created if necessary.
-        write: Writes the files into the folder that is passed to it, and returns them.
-        before: Called with the final folder before files in it are replaced.
-
-    Returns:
-        The files, in the order of writing.
+    `write` gets the temporary folder; `before` gets the final one before files in it are replaced.
 
     Raises:
         UnwritableFileError: If the disk refuses, naming the folder, which is then unchanged.
@@ -120,15 +98,7 @@ def page_name(data: str) -> str:
 
 
 def check_kept(folder: Path, runs: Sequence[RunEntry]) -> None:
-    """Refuses to overwrite files that are no pages of studies, and records of runs that would be lost.
-
-    Args:
-        folder: Folder of the pages.
-        runs: Runs of the records to be written.
-
-    Raises:
-        UserError: Naming the file, before anything is written.
-    """
+    """Refuses to overwrite files that are no pages of studies, and records of runs that would be lost."""
     for name in {*(page_name(str(run.get("data"))) for run in runs), SUMMARY_PAGE}:
         path, mark = folder / name, MADE_BY if name == SUMMARY_PAGE else PAGE_BEGINS
         if path.exists() and mark not in path.read_text(encoding="utf-8", errors="replace"):
@@ -174,12 +144,7 @@ def each_once(runs: Iterable[RunEntry]) -> list[RunEntry]:
 
 
 def record_lines(study: str, runs: Sequence[RunEntry]) -> list[str]:
-    """Lines of a file of records, see `read_records`: one with the content that all runs share, then one per run.
-
-    Args:
-        study: Name of the study.
-        runs: Finished runs, with their rows.
-    """
+    """Lines of a file of records, see `read_records`: one with the content that all runs share, then one per run."""
     every = [_record(run) for run in runs]
     about = next((run.about for run in runs if run.about), "")
     shared: dict[str, Any] = {"study": study, **({"about": about} if about else {})}
@@ -211,12 +176,7 @@ def _record(run: RunEntry) -> dict[str, Any]:
 
 
 def write_records(runs: Iterable[RunEntry], folder: Path) -> list[Path]:
-    """Writes a file of records, `<data>.jsonl`, for each data set, with the runs of all its studies.
-
-    Args:
-        runs: Finished runs, with their studies and rows, each once.
-        folder: Folder of the files.
-    """
+    """Writes a file of records, `<data>.jsonl`, for each data set, with the runs of all its studies."""
     found: dict[str, dict[tuple[str, str], list[RunEntry]]] = defaultdict(lambda: defaultdict(list))
     for run in sorted(
         runs, key=lambda run: (str(run.study), record_name(str(run.study), str(run.row), run.result or {}), run.name)
@@ -264,12 +224,7 @@ def _remove_earlier(folder: Path) -> None:
 
 
 def markdown(report: Report, files: Sequence[str] = ()) -> str:
-    """The whole report as a Markdown page.
-
-    Args:
-        report: The report.
-        files: Paths of the report's files, relative to the page, which shows each block's figure of accuracy and cost.
-    """
+    """The whole report as a Markdown page, with each block's figure of accuracy and cost if it is among `files`."""
     wanted = {block.key: file_name(COST_FIGURE, block.key) for block in report.blocks}
     shown = {key: next((f for f in files if Path(f).stem == name), None) for key, name in wanted.items()}
     left = [

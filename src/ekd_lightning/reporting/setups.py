@@ -128,9 +128,6 @@ def labels(groups: Sequence[Sequence[RunEntry]]) -> list[tuple[str, dict[str, An
     named. If more than `_MOST_NAMED` settings differ, a label names only those that differ from the usual value of the
     method and are needed to distinguish its groups.
 
-    Args:
-        groups: Runs of each; the first one represents the group.
-
     Returns:
         For each the label, and all settings that differ within its method.
     """

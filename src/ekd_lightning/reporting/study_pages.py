@@ -107,12 +107,7 @@ def _worth(one: Standing) -> tuple[Any, ...]:
 
 
 def summary_page(report: Report, missing: Sequence[str] = ()) -> str:
-    """README.md of the pages.
-
-    Args:
-        report: The report on all records.
-        missing: Lines on missing runs.
-    """
+    """README.md of the pages, with lines on missing runs."""
     found = sorted((one for block in report.blocks for one in standings(block)), key=_worth)
     rows = [
         {
@@ -164,13 +159,7 @@ def _better_words(one: Standing) -> str:
 
 
 def data_page(report: Report, data: str, figures: Sequence[str]) -> str:
-    """The page of a data set.
-
-    Args:
-        report: The report on all records.
-        data: Name of the data set.
-        figures: Paths of the figures of accuracy and cost, relative to the page.
-    """
+    """The page of a data set."""
     blocks = [block for block in report.blocks if block.data == data]
     found = [one for block in blocks for one in standings(block)]
     parts = [f"# {md.prose(data)}\n", _filled(lead(found)) + "\n", _LEGEND]

@@ -78,12 +78,7 @@ class Row:
 
 
 def rows(block: Block, references: Sequence[str]) -> list[Row]:
-    """The groups of a block against each reference that it has.
-
-    Args:
-        block: The block.
-        references: Labels of some of its groups.
-    """
+    """The groups of a block against each reference that it has."""
     found = {reference: differences(block.groups, reference) for reference in references}
     return [
         Row(group, {reference: found[reference].get(group.label) for reference in references}, seed_spread(group))
@@ -170,12 +165,7 @@ def cells(row: Row, names: Sequence[str]) -> list[str]:
 
 
 def texts(found: Sequence[Row], names: Sequence[str] = REPORT) -> tuple[list[str], list[list[str]]]:
-    """Heads of a block's table, the first of which is `setting`, and the cells of its rows.
-
-    Args:
-        found: From `rows`, at least one.
-        names: Columns.
-    """
+    """Heads of a block's table, the first of which is `setting`, and the cells of its rows."""
     empty = [name for name in _OPTIONAL if all(cells(row, [name]) == [NONE] for row in found)]
     names = [name for name in names if name not in empty]
     minus = [f"− {reference} [95 % interval]" for reference in found[0].differences]
@@ -190,13 +180,7 @@ def texts(found: Sequence[Row], names: Sequence[str] = REPORT) -> tuple[list[str
 
 
 def markdown(found: Sequence[Row], names: Sequence[str] = REPORT, settings: Mapping[str, str] | None = None) -> str:
-    """Rows of a block as a Markdown table.
-
-    Args:
-        found: From `rows`, at least one.
-        names: Columns.
-        settings: Content of an additional column by label: the row's changes to its method's defaults.
-    """
+    """Rows of a block as a Markdown table, with each row's changes to its method's defaults if `settings` are given."""
     heads, lines = texts(found, names)
     if settings is not None:
         heads, lines = [*heads, "settings"], [[*line, settings.get(line[0]) or "defaults"] for line in lines]
@@ -219,11 +203,8 @@ def full_names(found: Sequence[Row]) -> dict[str, str]:
 def printed_table(title: str, found: Sequence[Row], width: int | None) -> Table:
     """Rows of a study's block, with problems in red in the last column.
 
-    Args:
-        title: Title above the table.
-        found: From `rows`, at least one.
-        width: Characters of a line. Intervals then have lines of their own, long problems are shortened, and columns
-            that have no room are left out: those of cost, then those of teachers and branches. None: any length.
+    In lines of `width` characters, intervals have lines of their own, long problems are shortened, and columns without
+    room are left out: those of cost, then those of teachers and branches.
     """
     for count in range(len(_SPARED) + 1):
         table = _printed(title, found, _SPARED[:count], narrow=width is not None)

@@ -20,11 +20,7 @@ runs of a group, seeds among them.
 def build_workspace(entity: str, project: str, name: str, group: str | None = None) -> workspaces.Workspace:
     """The workspace: the main results, then teachers and branches, curves, calibration, errors, cost.
 
-    Args:
-        entity: User or team.
-        project: Project.
-        name: Title of the view.
-        group: Only runs of this sweep; None for all.
+    It shows only runs of the sweep `group`, if one is given.
 
     Raises:
         UserError: If the package is not installed.
@@ -52,10 +48,7 @@ def build_workspace(entity: str, project: str, name: str, group: str | None = No
 
 
 def build_report(entity: str, project: str, name: str, group: str | None = None) -> reports.Report:
-    """The same panels as a report with a short introduction.
-
-    Args and raises as for `build_workspace`.
-    """
+    """The same panels as a report with a short introduction; raises as `build_workspace`."""
     _, wr = _packages()
     runs = wr.Runset(
         entity=entity,
@@ -78,11 +71,7 @@ def build_report(entity: str, project: str, name: str, group: str | None = None)
 
 
 def panel_sections() -> dict[str, list[Any]]:
-    """Panels by section, of metrics that runs log.
-
-    Raises:
-        UserError: If the package is not installed.
-    """
+    """Panels by section, of metrics that runs log."""
     _, wr = _packages()
     method, teachers, branches = (wr.Config(key) for key in ("method_name", "num_teachers", "num_branches"))
     accuracy = wr.SummaryMetric("test_accuracy")

@@ -139,12 +139,9 @@ _IN_CONFIG = {
 
 @dataclass(frozen=True)
 class Collection:
-    """All runs that were found.
+    """All runs that were found: on disk in the order of their names, then of files of records.
 
-    Attributes:
-        root: The folder to which the names of the runs are relative.
-        runs: The runs on disk in the order of their names, then those of files of records.
-        problems: One line per foreign, half-written or unreadable file.
+    Names are relative to `root`. `problems` has a line for each foreign, half-written or unreadable file.
     """
 
     root: Path
@@ -157,14 +154,11 @@ class Collection:
 
 
 def collect(paths: Sequence[Path]) -> Collection:
-    """Finds all runs at or below the given paths; a run that is reached twice counts once.
+    """Finds all runs at or below the given paths, in any state; a run that is reached twice counts once.
 
     Args:
         paths: Run directories, folders of runs at any depth (a sweep, a study, several of them), result.json files, or
             .jsonl files of records.
-
-    Returns:
-        The runs, in any state.
 
     Raises:
         UserError: If a path does not exist or is none of these, or no run is found.

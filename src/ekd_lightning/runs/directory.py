@@ -68,14 +68,7 @@ def require_format(path: Path, content: Mapping[str, Any]) -> None:
 
 
 class Record(NamedTuple):
-    """A run's state, result, error and time according to its files.
-
-    Attributes:
-        state: Its state.
-        result: Its result; None unless done or partial.
-        error: First line of its error; None unless failed.
-        time: When the state was written, ISO 8601; None if unknown.
-    """
+    """A run's state, result, error and time according to its files, as in `RunEntry`."""
 
     state: RunState
     result: Result | None = None
@@ -84,11 +77,7 @@ class Record(NamedTuple):
 
 
 class RunDirectory:
-    """One run on disk, to read; `RunWriter` writes.
-
-    Args:
-        path: The directory; it need not exist.
-    """
+    """One run on disk, to read; the directory need not exist. `RunWriter` writes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -125,11 +114,7 @@ class RunDirectory:
         return None
 
     def require_own(self, path: Path, run: str | None) -> None:
-        """Checks that the id in one of its files, if there is one, is that of this run.
-
-        Raises:
-            DamagedFileError: Naming the file.
-        """
+        """Checks that the id in one of its files, if there is one, is that of this run."""
         try:
             record = self.provenance()
         except DamagedFileError:  # reported where it is needed

@@ -97,12 +97,9 @@ class ComparisonGroup:
 
 @dataclass(frozen=True)
 class Training:
-    """Facts of a training that decide with which others it may be compared.
+    """Facts of a training that decide with which others it may be compared: protocol, and hashes of teachers.
 
-    Attributes:
-        protocol: Its protocol.
-        taught_by: SHA-256 of its teachers.
-        complete: Whether it has a result; without one, protocol and teachers may be incomplete.
+    They may be incomplete unless it is `complete`, which means that it has a result.
     """
 
     protocol: Protocol

@@ -225,10 +225,7 @@ def is_number(value: Any) -> bool:
 def complete(record: dict[str, Any], data: Callable[[], Mapping[str, Any]], *, fraction_is_rounded: bool) -> None:
     """Adds to the record of an earlier version what only the group `data` of its configuration has.
 
-    Args:
-        record: Of result.json.
-        data: Reads the group; it is empty if it is missing.
-        fraction_is_rounded: Whether the fraction was recorded after rounding to whole images, as in version 0.1.
+    Version 0.1 recorded the fraction after rounding to whole images.
     """
     if fraction_is_rounded:
         requested = data().get("fraction")

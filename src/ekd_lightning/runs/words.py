@@ -28,15 +28,7 @@ _LAUNCHING = re.compile(
 
 
 def check_words(words: Iterable[object], source: object, *, launching: bool = False) -> list[str]:
-    """Checks that a record holds only overrides that may be reused.
-
-    Args:
-        words: The recorded overrides.
-        source: The record, for error messages.
-        launching: Whether the overrides set how jobs are launched; else they change settings of a run.
-
-    Returns:
-        The overrides.
+    """Checks that a record holds only overrides that may be reused: settings of a run, or of `launching`.
 
     Raises:
         UserError: At the first word that is no override, or sets anything else.
@@ -79,16 +71,7 @@ def _sets(word: re.Match[str]) -> bool:
 
 
 def require_named_code(recorded: Iterable[str], given: Sequence[str], source: object) -> None:
-    """Refuses a record that imports modules unless the user's own command sets `imports`, too.
-
-    Args:
-        recorded: Overrides of the record.
-        given: Overrides of the command.
-        source: The record, for error messages.
-
-    Raises:
-        UserError: Naming the override that the command lacks.
-    """
+    """Refuses a record that imports modules unless the user's own command sets `imports`, too."""
     needed = [word for word in recorded if names_code(word)]
     if needed and not any(map(names_code, given)):
         raise UserError(

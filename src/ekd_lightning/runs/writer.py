@@ -109,9 +109,8 @@ class RunWriter(RunDirectory):
     def refuse_used(self, *, overwrite: bool, key: str = "hydra.run.dir") -> None:
         """Refuses to start a new run where it would destroy an earlier one, or files that no run wrote.
 
-        Args:
-            overwrite: Whether an earlier run may be replaced; other files never are.
-            key: The setting by which the user chose the directory.
+        `overwrite` permits to replace a run, but no other files; `key` is the setting by which the user chose the
+        directory.
 
         Raises:
             UserError: If there is a result, also one of another version (a damaged one does not count), a run that can
@@ -141,12 +140,6 @@ class RunWriter(RunDirectory):
         """Refuses to continue a run that completed all epochs of its recipe.
 
         A run that trainer.max_epochs, max_time or a callback ended earlier has a result, too, and can go on.
-
-        Args:
-            epochs: Epochs of the recipe.
-
-        Raises:
-            UserError: If the run completed them.
         """
         result = self.recorded().result
         if result is not None and (result.epochs_done or 0) >= epochs:

@@ -48,11 +48,7 @@ _ALONE_IN_RECIPE = (
 
 
 def check_job(settings: Settings) -> Prepared:
-    """Checks a job as its run would be, silently: the run itself logs its warnings.
-
-    Raises:
-        UserError: What the run would be refused for.
-    """
+    """Checks a job as its run would be, silently: the run itself logs its warnings."""
     from ekd_lightning.pipeline.run import check_run  # noqa: PLC0415 (slow; a report needs none)
     from ekd_lightning.teachers.hardware import threads_as_before  # noqa: PLC0415
 
@@ -63,11 +59,7 @@ def check_job(settings: Settings) -> Prepared:
 
 
 def obtain_weights(teacher: PlannedTeacher) -> None:
-    """Finds or downloads the published weights of a planned teacher, so that no run has to; trains none.
-
-    Raises:
-        UserError: If they cannot be had.
-    """
+    """Finds or downloads the published weights of a planned teacher, so that no run has to; trains none."""
     if teacher.find_weights is not None:
         with part(f"weights of {teacher.id}"):
             teacher.find_weights()
@@ -76,13 +68,8 @@ def obtain_weights(teacher: PlannedTeacher) -> None:
 class JobChecks:
     """Checks the jobs of a multirun as their runs would be checked, each combination of settings once.
 
-    Jobs of a cluster get only the checks that need neither images nor devices, which may be others there.
-
-    Args:
-        config: Composed configuration of the multirun, with the node `hydra`.
-
-    Attributes:
-        settings: The different settings that were composed.
+    Jobs of a cluster get only the checks that need neither images nor devices, which may be others there. `settings`
+    holds the different settings that were composed.
     """
 
     def __init__(self, config: DictConfig) -> None:
@@ -197,17 +184,7 @@ def _text(plain: Any) -> str:
 
 
 def refuse_mistakes(found: Mapping[int, str], jobs: Sequence[Job], sweep: Sweep, advice: str = "") -> None:
-    """Refuses jobs with mistakes, in one line with the overrides of the first one.
-
-    Args:
-        found: The lines on the mistakes, by the position of their jobs.
-        jobs: The jobs that were checked.
-        sweep: Their sweep; its overrides that do not vary are not repeated.
-        advice: What the user may do.
-
-    Raises:
-        UserError: If there is any.
-    """
+    """Refuses jobs with mistakes, in one line with the varying overrides of the first one, then `advice`."""
     if not found:
         return
     counts, (first, line) = Counter(found.values()), next(iter(found.items()))
@@ -233,12 +210,6 @@ def without_mistakes(
     A sweep keeps its settings, so a job that can never run must not keep the others from it for ever: a job that failed
     or stopped before is left out with a warning, and one that never started is recorded as failed when the sweep is
     refused.
-
-    Args:
-        jobs: The jobs that are to be launched.
-        states: Their states on disk.
-        sweep: Their sweep.
-        hydra_words: Overrides of Hydra.
 
     Raises:
         UserError: If a job that never started would be refused, or all jobs would.

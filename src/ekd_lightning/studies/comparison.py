@@ -82,14 +82,7 @@ def study_rows(block: Block) -> list[tables.Row]:
 
 
 def records(block: Block, rows: Sequence[tables.Row], runs: Runs, settings: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The rows of a study's block as flat records, accuracies and differences in [0, 1] and [-1, 1].
-
-    Args:
-        block: From `block_of_rows`.
-        rows: From `study_rows`.
-        runs: Its runs.
-        settings: By row, its changes to the method's defaults.
-    """
+    """The rows of a study's block as flat records, accuracies and differences in [0, 1] and [-1, 1]."""
     made = []
     for row in rows:
         full, name = tables.record(row), row.group.label

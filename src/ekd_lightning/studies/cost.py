@@ -106,13 +106,7 @@ def recorded_pace(done: Iterable[RunEntry]) -> tuple[dict[str, float], float]:
 
 
 def seconds_of(jobs: Iterable[Job], pace: Mapping[str, float], speed: float) -> float:
-    """Estimated seconds of jobs that run one after another.
-
-    Args:
-        jobs: The jobs, with their `images` and `macs`.
-        pace: Seconds per image by row, from `recorded_pace`.
-        speed: Multiply-accumulates per second, for rows without a pace.
-    """
+    """Estimated seconds of jobs that run one after another, by the pace of their row, else by MACs and speed."""
     return sum(job.images * pace[job.row] if job.row in pace else job.macs / speed for job in jobs)
 
 

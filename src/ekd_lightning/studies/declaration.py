@@ -98,10 +98,7 @@ class Declaration:
 
 
 def read_declaration(name: str) -> Declaration:
-    """Reads a declared study.
-
-    Args:
-        name: Name of a file in conf/study, or the path of a YAML file.
+    """Reads a declared study: a file of conf/study by its name, or a YAML file by its path.
 
     Raises:
         UserError: If there is no such file, its content has another form, or an override is not allowed in a study.
@@ -129,11 +126,7 @@ def read_declaration(name: str) -> Declaration:
 
 
 def check_common(words: Sequence[str], where: object) -> tuple[str, ...]:
-    """Checks overrides of a declared study.
-
-    Args:
-        words: The overrides.
-        where: Where they stand, for error messages.
+    """Checks overrides of a declared study; errors begin with `where` they stand.
 
     Raises:
         UserError: At the first word that is no override, or sets a key of `_OF_THE_STUDY`.
@@ -193,15 +186,7 @@ def study_of(
     composer: Composer,
     tuned: Path | None = None,
 ) -> Study:
-    """The study of one part, joined with the study that its folder already holds.
-
-    Args:
-        declared: The declared study.
-        part: One of its parts.
-        words: Further overrides of all runs, e.g. of the trainer.
-        old: The study in the part's folder, whose plain students of equal cost are kept; None if it is new.
-        composer: Composes overrides, inside an initialised Hydra.
-        tuned: Folder of settings from ekd-tune.
+    """The study of one part, joined with `old`, the study in its folder, whose plain students of equal cost are kept.
 
     Raises:
         UserError: For unknown names, settings that do not fit, or a contradiction to the folder's study.
@@ -245,16 +230,7 @@ def study_of(
 
 
 def require_declared(old: Study, declared: Declaration, part: Part) -> None:
-    """Refuses a part's study that was begun with another version of the declaration.
-
-    Args:
-        old: The study in the part's folder.
-        declared: The declared study.
-        part: One of its parts.
-
-    Raises:
-        UserError: Naming the part or row with its old and its new value.
-    """
+    """Refuses a part's study that was begun with another version of the declaration."""
     if part.fraction not in old.fractions:
         shares = ", ".join(f"{fraction:g}" for fraction in old.fractions)
         raise UserError(

@@ -57,10 +57,6 @@ def multirun_config(sweep: Sweep, hydra_words: Sequence[str]) -> DictConfig:
     """The configuration of the multirun that launches jobs of a sweep, with the node `hydra`.
 
     Hydra must be initialised with the package's configuration.
-
-    Args:
-        sweep: The sweep.
-        hydra_words: Overrides of Hydra, e.g. the launcher.
     """
     own = ["hydra.mode=MULTIRUN", override("hydra.sweep.dir", str(sweep.folder))]
     return compose(sweep.config_name, overrides=[*sweep.common, *hydra_words, *own], return_hydra_config=True)
@@ -71,14 +67,8 @@ def launch(
 ) -> None:
     """Runs jobs as `ekd-train -m` would; a job that fails does not stop the others.
 
-    Hydra must be initialised with the package's configuration.
-
-    Args:
-        jobs: The jobs to run.
-        sweep: The sweep that the jobs belong to, for its folder and progress.
-        hydra_words: Overrides of Hydra, e.g. the launcher.
-        task: Runs one job; launchers hand it to other processes.
-        command: Command that continues an interrupted sweep, for the user; None for that of the sweep.
+    Hydra must be initialised with the package's configuration. An interrupt names `command`, which continues the sweep;
+    None stands for the sweep's own.
 
     Raises:
         KeyboardInterrupt: If the user interrupts, after all jobs have ended; its text is the sweep's state.
@@ -102,8 +92,7 @@ def launch(
 def working_in(directory: str) -> Iterator[None]:
     """Changes to the directory where a sweep or study was started, to which its relative paths refer.
 
-    Args:
-        directory: The recorded working directory; an empty or missing one changes nothing.
+    An empty or missing directory changes nothing.
     """
     before, safe = Path.cwd(), os.environ.get(_SAFE_PATH)
     # The directory comes from a record, and `python -m`, which launchers start, would import modules from it.
@@ -144,10 +133,7 @@ def is_queued(config: DictConfig) -> bool:
 def stopped(sweep: Sweep, command: str | None = None, *, queued: bool = False) -> str:
     """The state of an interrupted sweep, and the command that continues it, in one line.
 
-    Args:
-        sweep: The sweep.
-        command: Command that continues it; None for `ekd-train resume=FOLDER`.
-        queued: Whether its jobs are in a cluster's queue, where they continue.
+    Jobs that are `queued` on a cluster continue there.
     """
     counts = Counter(state.run.state for state in job_states(sweep))
     parts = [f"{counts[RunState.DONE] + counts[RunState.PARTIAL]} of {counts.total()} runs done"]
@@ -192,16 +178,13 @@ def _is_our_child(pid: int) -> bool:
 
 
 def seconds_left(durations: Sequence[float], ages: Sequence[float], waiting: int, workers: int) -> float | None:
-    """Estimates the time until the last job ends from the mean duration of those that ended.
+    """Estimates the seconds until the last job ends from the mean duration of those that ended; None without any.
 
     Args:
         durations: Seconds that ended jobs took.
         ages: Seconds since each running job was started.
         waiting: Jobs that were not started yet.
         workers: Jobs that run at a time, at least 1.
-
-    Returns:
-        Seconds; None while nothing has ended.
     """
     if not durations:
         return None
@@ -289,11 +272,7 @@ _watches: list[Progress] = []
 
 @contextlib.contextmanager
 def watched(sweep: Sweep) -> Iterator[None]:
-    """Reports the progress of a sweep's jobs while the block runs, and once more at its end.
-
-    Args:
-        sweep: The sweep; jobs that are finished by now are not reported.
-    """
+    """Reports the sweep's jobs that are not finished yet while the block runs, and once more at its end."""
     progress, stop = Progress(sweep, _say, since=now()), threading.Event()
 
     def watch() -> None:

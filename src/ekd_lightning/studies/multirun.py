@@ -106,11 +106,7 @@ class SweepSummary(Callback):
 
 
 def _check(config: DictConfig, sweep: Sweep) -> None:
-    """Checks all jobs of a new sweep before the first one starts, and warns of common settings without effect.
-
-    Raises:
-        UserError: If a run would be refused, with the overrides of its job.
-    """
+    """Checks all jobs of a new sweep before the first one starts, and warns of common settings without effect."""
     checks = JobChecks(config)
     refuse_mistakes(checks.mistakes(sweep.jobs), sweep.jobs, sweep)
     warn_without_effect([key_of(word) for word in sweep.common], checks.settings)
@@ -119,10 +115,6 @@ def _check(config: DictConfig, sweep: Sweep) -> None:
 
 def planned_sweep(config: DictConfig, folder: Path) -> Sweep | None:
     """Builds the sweep that Hydra's sweeper is about to start, with everything that its continuation needs.
-
-    Args:
-        config: Composed configuration of the multirun, with the node `hydra`.
-        folder: Folder of the sweep.
 
     Returns:
         The sweep; None for another sweeper, which chooses its jobs while it runs.

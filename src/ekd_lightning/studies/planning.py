@@ -226,11 +226,7 @@ class StudyInputs:
             self._weights.setdefault((settings.teachers.weights_dir, plan.id), (row, plan))
 
     def obtain_weights(self) -> None:
-        """Finds or downloads the published weights of all teachers; trains none.
-
-        Raises:
-            UserError: At the first that cannot be had, naming the row.
-        """
+        """Finds or downloads the published weights of all teachers; trains none."""
         for row, plan in self._weights.values():
             try:
                 obtain_weights(plan)
@@ -241,12 +237,6 @@ class StudyInputs:
         """Refuses images that differ from those of existing runs.
 
         Unlabelled images that are the rest of a data set depend on the share, so they are compared within one only.
-
-        Args:
-            runs: Finished or stopped runs of the study.
-
-        Raises:
-            UserError: Naming the place of the images and a run that had others.
         """
         from ekd_lightning.pipeline.context import refuse_other_images  # noqa: PLC0415 (slow; a report needs none)
 

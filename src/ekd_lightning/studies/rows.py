@@ -49,13 +49,7 @@ def plan_rows(
 ) -> list[RowPlan]:
     """The rows of `--methods`, then the controls of the first branched one, then plain students of its cost.
 
-    Args:
-        methods: E.g. `ce,ekd,kd_mean@resnet14`.
-        matches: Those of `MATCHES` by which plain students of equal cost are added.
-        controls: Whether `CONTROLS`, or `CONTROLS_WITHOUT_LABELS`, are added.
-        common: Overrides of all rows.
-        old: The study so far, whose declared rows and students of equal cost are kept; None if it is new.
-        compose: Composes overrides, inside an initialised Hydra.
+    Declared rows and plain students of equal cost that `old` has are kept.
 
     Raises:
         UserError: For an unknown method or network, or if `methods` is empty or names a row twice.
@@ -116,12 +110,8 @@ def make_row(name: str, compose: Composer, common: Sequence[str] = ()) -> RowPla
 
     Branching that a method's file sets belongs to the method (one branch, ONE's gate, the split of a Hydra): common
     overrides of it do not apply to the row. Neither do settings of terms that the method does not have, which would
-    make it another method, and options of the common network in a row with another one.
-
-    Args:
-        name: The row, `method` or `method@network`.
-        compose: Composes overrides, inside an initialised Hydra.
-        common: Overrides of all rows; the log names those of branching and terms that do not apply.
+    make it another method, and options of the common network in a row with another one. The log names what does not
+    apply.
 
     Raises:
         UserError: For an unknown method or network, with the nearest match.
@@ -164,12 +154,7 @@ def _reset_options(common: Sequence[str], compose: Composer) -> list[str]:
 
 
 def match_student(by: str, cfg: DictConfig) -> Match:
-    """The plain network whose MACs or parameters are nearest to those of the study's student.
-
-    Args:
-        by: `macs` or `parameters`.
-        cfg: Composed configuration with the study's student.
-    """
+    """The plain network whose `macs` or `parameters` are nearest to those of the study's student."""
     from ekd_lightning.data import open_dataset  # noqa: PLC0415 (slow; --help needs none)
     from ekd_lightning.evaluation.efficiency import count_macs, count_parameters  # noqa: PLC0415
     from ekd_lightning.networks.registry import CLOSE, match_network  # noqa: PLC0415
@@ -192,14 +177,7 @@ def match_overrides(match: Match, common: Sequence[str], compose: Composer) -> t
 
 
 def matched_row(name: str, row: RowPlan, by: str, network: Sequence[str]) -> RowPlan:
-    """A row with the plain student of equal cost.
-
-    Args:
-        name: Name of the new row.
-        row: The row of its method, without the match.
-        by: One of `MATCHES`.
-        network: Overrides that choose the student.
-    """
+    """A row of its own name with the plain student of equal cost, which the overrides `network` choose."""
     without = (*row.without, *_NETWORK)
     return replace(row, name=name, overrides=(*row.overrides, *network), without=without, match=by)
 
@@ -262,13 +240,6 @@ def with_tuned(
     A row with another network (`kd_mean@resnet14`, `kd_mean_macs`) that has no file of its own takes that of its
     method; a row without any file keeps its defaults. The log tells of both, and warns of a file that was tuned on
     another data set or fraction, or that sets a term which the method does not have.
-
-    Args:
-        rows: The rows.
-        folder: Folder of the files.
-        compose: Composes overrides, inside an initialised Hydra.
-        data: Data set of the study.
-        fractions: Fractions of the study.
 
     Raises:
         UserError: For a missing folder, a file of another form or method, or a setting that all rows must share.

@@ -80,9 +80,6 @@ def tune(
         sampler_seed: Seed of the sampler.
         prune: Whether trials below the median are stopped early.
         storage: URL of a database for the trials, for several machines; None keeps them below `output`.
-
-    Raises:
-        UserError: For a user's mistake.
     """
     base = [*overrides, *([] if epochs is None else [f"recipe.epochs={epochs}"])]
     register_schema()
@@ -196,12 +193,7 @@ def run_trials(
 ) -> None:
     """Runs trials until the search has `trials`, including those of other processes and of earlier calls.
 
-    Args:
-        study: The search.
-        evaluate: Trains with overrides; see `Evaluate`.
-        trials: The budget. Pruned and diverged trials count, failed ones do not.
-        timeout: Seconds after which no further trial is started.
-        after_trial: Called after each trial.
+    Pruned and diverged trials count, failed ones do not. None is started after `timeout` seconds.
 
     Raises:
         UserError: If `evaluate` raises it. A loss that is not finite is no error: the trial counts as diverged.
@@ -273,15 +265,7 @@ def validation_accuracies(
     folder: Path,
     report: Report,
 ) -> list[float]:
-    """Trains one run per seed and never reads the test set; an `Evaluate` once the first two arguments are bound.
-
-    Args:
-        make_settings: Makes the settings of a run from a trial's overrides.
-        seeds: Seeds of a trial's runs.
-        overrides: As for an `Evaluate`, like the others.
-        folder: Folder of the trial.
-        report: Called with the accuracy of each epoch.
-    """
+    """Trains one run per seed and never reads the test set; an `Evaluate` once the first two arguments are bound."""
     settings, values = make_settings(overrides), []
     for position, seed in enumerate(seeds):
         renew()

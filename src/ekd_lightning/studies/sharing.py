@@ -29,11 +29,7 @@ _SECONDS = 20.0  # for the service to start or end
 
 @contextlib.contextmanager
 def shared_gpus(config: DictConfig) -> Iterator[None]:
-    """Serves the jobs of a multirun that are launched within the block, if its launcher is `shared_gpu`.
-
-    Args:
-        config: Composed configuration of the multirun, with the node `hydra`.
-    """
+    """Serves the jobs of a multirun that are launched within the block, if its launcher is `shared_gpu`."""
     if config.hydra.runtime.choices.get("hydra/launcher") != LAUNCHER:
         yield
         return

@@ -152,10 +152,6 @@ def rounded_values(space: SearchSpace, found: Mapping[str, Any]) -> dict[str, Sc
 def default_values(space: SearchSpace, config: Mapping[str, Any]) -> dict[str, Scalar]:
     """Values of the searched keys in a resolved configuration.
 
-    Args:
-        space: The search space.
-        config: The configuration as nested plain containers.
-
     Returns:
         Value by key, without keys that the configuration lacks or whose value lies outside the space.
     """

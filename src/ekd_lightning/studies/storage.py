@@ -37,11 +37,7 @@ _PRUNE_AFTER = 5  # complete trials before the median prunes
 def open_study(folder: Path, description: dict[str, Any], *, warmup_steps: int | None, url: str | None) -> optuna.Study:
     """Opens Optuna's study in a folder, or the study in a database that is named after the folder's last two parts.
 
-    Args:
-        folder: The search's folder.
-        description: Everything that determines the search besides its trials, as plain containers.
-        warmup_steps: Epochs of a trial in which it is never pruned; None prunes nothing.
-        url: URL of the database; None for a journal in the folder.
+    Arguments are those of `trials.Search`.
 
     Raises:
         UserError: If there is a search with another description, or a damaged one; or if the database cannot be opened.
@@ -121,11 +117,7 @@ class _Journal(JournalFileBackend):
             self._held.release()
 
     def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
-        """The events from number `log_number_from` on.
-
-        Raises:
-            DamagedFileError: If an event was changed.
-        """
+        """The events from number `log_number_from` on."""
         for log in super().read_logs(log_number_from):
             check = log.pop(_CHECK, None) if isinstance(log, dict) else None
             if check not in (None, _checksum(log)):
@@ -150,11 +142,7 @@ def _open_journal(path: Path, create: Callable[..., optuna.Study]) -> optuna.Stu
 
 @contextlib.contextmanager
 def named_database(url: str | None) -> Iterator[None]:
-    """Turns errors of the database within the block into one line with its URL.
-
-    Raises:
-        UserError: If the database is damaged or its server cannot be reached.
-    """
+    """Turns errors of the database within the block into one line with its URL."""
     try:
         yield
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:

@@ -205,14 +205,9 @@ def read_study(folder: Path) -> Study | None:
 
 
 def read_earlier(folder: Path, *, planned: bool) -> Study | None:
-    """The study that a folder already holds; None if it has none, or a lost one that the command plans again.
+    """The study that a folder already holds; None if it has none, or a lost one that the command has `planned` again.
 
-    Args:
-        folder: Folder of the study.
-        planned: Whether the command says what the study is; a damaged study.json is then kept as study.json.damaged.
-
-    Raises:
-        UserError: As `read_study`.
+    A damaged study.json is then kept as study.json.damaged.
     """
     try:
         return read_study(folder)
@@ -240,11 +235,6 @@ def _read_row(path: Path, name: str, row: Mapping[str, Any]) -> RowPlan:
 
 def check_row_words(where: object, name: str, words: Sequence[str]) -> tuple[str, ...]:
     """Checks a row's overrides, which may set its method, student and recipe only, and its name, which is in paths.
-
-    Args:
-        where: The file that holds the row, for error messages.
-        name: Name of the row.
-        words: Its overrides.
 
     Raises:
         UserError: For an impossible name, or at the first override that sets anything else.

@@ -216,10 +216,6 @@ def show_summary(sweep: Sweep) -> None:
 def sweep_tables(states: Sequence[JobState], folder: Path) -> list[Table]:
     """The tables of a sweep.
 
-    Args:
-        states: States of all jobs, in their order.
-        folder: Folder of the sweep.
-
     Returns:
         A table of all runs with the highest accuracy marked. If seeds vary, also a table of means over seeds, and the
         mark is there, because settings are chosen and not seeds. At most `MOST_ROWS` finished runs are shown.

@@ -240,12 +240,6 @@ def write_outcome(output: Path, study: Search, facts: dict[str, Any]) -> None:
 def show_outcome(output: Path, study: Search, facts: dict[str, Any], words: Sequence[str]) -> None:
     """Prints the best trials, the gain over the settings as given, and the commands that use the best trial.
 
-    Args:
-        output: Folder of the results.
-        study: The search.
-        facts: Fields of the search's record.
-        words: Overrides that the search was started with.
-
     Raises:
         UserError: If no trial is complete.
     """

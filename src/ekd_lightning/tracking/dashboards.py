@@ -84,14 +84,7 @@ def log_evaluation_run(
 ) -> None:
     """Logs a later evaluation of a finished run as a run of its own, of job type `evaluation`, in the same group.
 
-    Args:
-        settings: Loggers of the run; without a dashboard among them nothing is done.
-        result: Content of result.json.
-        read_arrays: As for `log_evaluation`.
-        dataset: The data set, for its test images and class names.
-        directory: The run's directory; files go to `evaluation/` below it.
-        config: The run's resolved configuration.
-        sweep: Name of the sweep that the run belongs to.
+    Files go to `evaluation/` below the run's directory. Without a dashboard nothing is done.
     """
     if in_wandb_sweep():
         return

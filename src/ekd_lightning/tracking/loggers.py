@@ -153,10 +153,7 @@ def make_loggers(
 class TeacherCurves:
     """Loggers for the teachers and assistants that a run trains; each network has its own curves.
 
-    Attributes:
-        settings: The selected loggers.
-        directory: The run's directory; files of a teacher go to `teachers/<name>/` below it.
-        sweep: Name of the sweep, for grouping; None for a single run.
+    Files of a teacher go to `teachers/<name>/` below the run's directory.
     """
 
     settings: LoggerSettings
@@ -168,14 +165,7 @@ class TeacherCurves:
 def open_curves(
     curves: TeacherCurves | None, job_type: str, name: str, config: Mapping[str, Any]
 ) -> Iterator[list[Logger]]:
-    """Opens the loggers of one training and ends them with the block, as failed if it raises.
-
-    Args:
-        curves: Selection of loggers; None for none.
-        job_type: `teacher` or `assistant`.
-        name: Name of the network, e.g. `resnet8-s0`.
-        config: What determines the network, for the dashboard's columns.
-    """
+    """Opens the loggers of one training and ends them with the block, as failed if it raises."""
     if curves is None:
         yield []
         return
@@ -268,10 +258,6 @@ def wandb_run_id(directory: Path) -> str:
 def describe_metrics(loggers: list[Logger], columns: dict[str, Any] | None = None) -> None:
     """Sets W&B's axis, the value of each curve in its tables, and the columns by which runs can be grouped.
 
-    Args:
-        loggers: The run's loggers.
-        columns: Flat facts of the run, as columns beside the nested configuration.
-
     Raises:
         UserError: If W&B starts no run, for example without a login.
     """
@@ -306,10 +292,6 @@ def flat_columns(facts: Mapping[str, Any], config: Mapping[str, Any]) -> dict[st
 
     Facts with the name of a configuration group are renamed: `method_name`, `data_name`, `student_network`. Lists and
     mappings become text.
-
-    Args:
-        facts: Facts of the run that are known before training.
-        config: The nested configuration.
     """
     columns = {_RENAMED.get(name, name): value for name, value in facts.items()}
     return {
@@ -320,13 +302,9 @@ def flat_columns(facts: Mapping[str, Any], config: Mapping[str, Any]) -> dict[st
 
 
 def finish_loggers(loggers: list[Logger], *, result: Mapping[str, Any] | None) -> None:
-    """Ends every logger; W&B gets the final numbers, and an exit code that marks failed runs.
+    """Ends every logger; W&B gets the final numbers, and an exit code that marks failed runs, which have no result.
 
     An error is logged and not raised, as the run's own record does not depend on loggers.
-
-    Args:
-        loggers: The run's loggers.
-        result: The run's result; None if it failed.
     """
     for logger in loggers:
         try:

@@ -98,14 +98,7 @@ class Panels:
 def make_panels(
     result: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], images: NDArray[np.uint8], names: tuple[str, ...]
 ) -> Panels:
-    """Makes all panels.
-
-    Args:
-        result: Content of result.json.
-        arrays: Content of arrays.npz; may be empty.
-        images: Test images, uint8 [N, 3, H, W].
-        names: C names of classes.
-    """
+    """Makes all panels of result.json, arrays.npz, test images (uint8 [N, 3, H, W]) and C class names."""
     return Panels(
         scalars(result),
         tables(result),

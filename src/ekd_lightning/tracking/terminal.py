@@ -27,9 +27,6 @@ class LiveDisplay(Reporter):
     """One row per phase with its bar, and the total time left; redrawn in place, on a terminal.
 
     While it is shown, printed and logged lines and warnings appear above it, each line whole.
-
-    Args:
-        stream: The terminal.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -61,11 +58,7 @@ class LiveDisplay(Reporter):
 
 
 class SessionRows:
-    """Rendering of a session, recomputed at each redraw.
-
-    Args:
-        session: The session.
-    """
+    """Rendering of a session, recomputed at each redraw."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
