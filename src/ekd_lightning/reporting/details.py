@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from ekd_lightning.errors import UserError, quiet
 from ekd_lightning.evaluation.diversity import Spread, spread_over_runs
 from ekd_lightning.files import DamagedFileError
+from ekd_lightning.methods.assignment import last_kind, make_assignment
 from ekd_lightning.reporting.estimates import SHARE, Estimate, estimate, limits_of
 from ekd_lightning.reporting.groups import Group
 from ekd_lightning.runs.collection import RunEntry
@@ -95,23 +97,16 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def own_teachers(group: Group) -> list[int | None]:
-    """Which teacher each branch imitates, from 0, at the end of the training; None for a branch without exactly one.
-
-    Rules as in `ekd_lightning.methods.assignment`.
-    """
+    """Which teacher each branch imitates, from 0, at the end of the training; None for a branch without exactly one."""
     K, M, spec = group.num_branches or 0, group.num_teachers or 0, group.only("assignment")
-    if isinstance(spec, dict):
-        spec = spec["schedule"][-1][1]
-    if isinstance(spec, str) and "," in spec:
-        spec = [int(m) for m in spec.split(",")]
     if M == 1 and spec is not None:
         return [0] * K
-    if M and spec in ("one_to_one", "permuted"):
-        return [(k + (spec == "permuted")) % M for k in range(K)]
-    if M and isinstance(spec, list) and len(spec) == K:
-        rows = [[row] if isinstance(row, int) else row for row in spec]
-        return [row[0] if len(row) == 1 else row.index(max(row)) if max(row) == sum(row) else None for row in rows]
-    return [None] * K
+    try:
+        with quiet():
+            rows = make_assignment(last_kind(spec), K, M).tolist()
+    except UserError:  # random, or not on record
+        return [None] * K
+    return [row.index(max(row)) if max(row) == sum(row) else None for row in rows]
 
 
 def matrix(group: Group, key: str) -> Array | None:

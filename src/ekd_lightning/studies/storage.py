@@ -66,13 +66,14 @@ def open_study(folder: Path, description: dict[str, Any], *, warmup_steps: int |
 
 def _check_description(folder: Path, description: dict[str, Any]) -> None:
     """Writes the description of a new search; refuses one that differs from an existing one."""
-    path = next((p for name in (DESCRIPTION, _EARLIER_DESCRIPTION) if (p := folder / name).is_file()), None)
-    if path is None:
-        if (folder / JOURNAL).exists():
-            raise UserError(f"{folder}: holds trials but no {DESCRIPTION}; choose another --output")
-        write_json(folder / DESCRIPTION, description)
-        return
-    _refuse_another(f"{folder}:", read_json(path), description)
+    places = (folder / name for name in (DESCRIPTION, _EARLIER_DESCRIPTION))
+    path = next((place for place in places if place.is_file()), folder / DESCRIPTION)
+    if path.is_file():
+        _refuse_another(f"{folder}:", read_json(path), description)
+    elif (folder / JOURNAL).exists():
+        raise UserError(f"{folder}: holds trials but no {DESCRIPTION}; choose another --output")
+    else:
+        write_json(path, description)
 
 
 def _refuse_another(where: str, known: dict[str, Any], here: dict[str, Any]) -> None:
