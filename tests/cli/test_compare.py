@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
@@ -105,7 +106,7 @@ def test_calling_again_runs_nothing_and_the_report_alone_needs_the_folder_only(s
 
 def test_more_seeds_are_asked_for_with_the_code_that_the_study_needs(study, monkeypatch):
     monkeypatch.chdir(study.parent)
-    monkeypatch.setattr(planning, "_check_row", lambda *_: {})
+    monkeypatch.setattr(planning._Runs, "_check", lambda *_: {})
     found = studies.read_study(study)
     studies.write_study(replace(found, common=(*found.common, "imports=[json]")), study)
     for path in study.glob("runs/*/"):
@@ -156,15 +157,14 @@ def test_more_seeds_train_on_the_images_that_the_study_has_on_record(study, tmp_
 def test_unlabelled_images_are_those_on_record_where_they_must_be(tmp_path, kind, fraction, refused):
     write_json(tmp_path / "provenance.json", {"data": {"train_sha256": "a", "unlabelled": {"sha256": "u"}}})
     write_yaml(tmp_path / "config.yaml", {"data": {"fraction": 0.1}})
-    inputs, one = planning.StudyInputs(), SimpleNamespace(sha256="a")
+    one = SimpleNamespace(sha256="a")
     settings = Settings(data=DataSettings(fraction=fraction, unlabelled="there"))
-    unlabelled = SimpleNamespace(sha256="v", kind=kind)
-    dataset, data = SimpleNamespace(train=one, test=one), SimpleNamespace(unlabelled=unlabelled)
-    inputs.add("ekd", settings, SimpleNamespace(dataset=dataset, datamodule=data, pool=()))
+    unlabelled: Any = SimpleNamespace(sha256="v", kind=kind)
+    dataset: Any = SimpleNamespace(train=one, test=one)
     runs = [RunEntry(tmp_path, "ekd-f0.1-s0", RunState.DONE)]
     message = r"data\.unlabelled=there: its unlabelled images are not those of the run"
     with pytest.raises(UserError, match=message) if refused else nullcontext():
-        inputs.refuse_other_images(runs)
+        planning._refuse_other_images([(settings, dataset, unlabelled)], runs)
 
 
 def test_places_that_changed_reach_a_run_that_goes_on(study, tmp_path):
@@ -654,7 +654,7 @@ def test_a_study_is_continued_where_it_was_first_started(study, tmp_path, monkey
     (home := tmp_path / "home").mkdir()
     studies.write_study(replace(studies.read_study(study), working_directory=str(home)), study)
     seen = []
-    monkeypatch.setattr(planning, "_check_row", lambda *_: {})
+    monkeypatch.setattr(planning._Runs, "_check", lambda *_: {})
     monkeypatch.setattr(launching.internals, "launch", lambda *_: seen.append(Path.cwd()))
     monkeypatch.chdir(elsewhere)
     call("--output", study, "--seeds", "9", "++data.root=new")

@@ -172,7 +172,7 @@ def test_the_progress_of_a_plan_counts_rows_as_further_seeds_of_a_row_take_no_ti
         said.append(shown.at_work.words())
         return {"images": 1, "macs": 1}
 
-    monkeypatch.setattr(planning, "_check_row", check)
+    monkeypatch.setattr(planning._Runs, "_check", check)
     monkeypatch.setattr(planning, "to_settings", lambda _: Settings(recipe=RecipeSettings(epochs=4)))
     rows = tuple(RowPlan(name, (f"method={name}",)) for name in ("ce", "ekd"))
     with session() as shown, phase("plan"):
@@ -186,7 +186,7 @@ def test_what_is_left_of_a_run_costs_the_epochs_that_are_not_in_its_curves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """And a row's pace counts on its own data set alone: images of another may be of another size."""
-    monkeypatch.setattr(planning, "_check_row", lambda *_: {"images": 400, "macs": 4000})
+    monkeypatch.setattr(planning._Runs, "_check", lambda *_: {"images": 400, "macs": 4000})
     study = Study((RowPlan("ce", ("method=ce",)),), (0.1,), (0, 1), (), "digits")
     stopped = tmp_path / "a/runs/ce-f0.1-s0"
     (stopped / ".hydra").mkdir(parents=True)
@@ -266,7 +266,7 @@ def planned(tmp_path: Path, *options: object, **change: Any) -> tuple[int, str, 
 @pytest.fixture
 def quick_planning(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without what planning a run costs."""
-    monkeypatch.setattr(planning, "_check_row", lambda *_: {})
+    monkeypatch.setattr(planning._Runs, "_check", lambda *_: {})
     monkeypatch.setattr(cost, "log_cost", lambda *_: None)
 
 
@@ -338,7 +338,7 @@ def test_a_part_takes_more_seeds_for_all_rows_or_for_those_named(tmp_path: Path)
 def test_a_student_with_a_teachers_classifier_has_a_cost_before_there_are_teachers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planning, "_check_row", lambda *_: {"images": 1, "macs": 1})
+    monkeypatch.setattr(planning._Runs, "_check", lambda *_: {"images": 1, "macs": 1})
     monkeypatch.setattr(cost, "_PROBE_SECONDS", 0.0)
     rows = {"simkd": {}, "kd_mean_macs": {"method": "kd_mean", "match": "macs"}}
     code, out, err = planned(tmp_path, "student.reuse_classifier=true", decide={"seeds": [0], "rows": rows})

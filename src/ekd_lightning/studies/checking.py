@@ -30,7 +30,6 @@ from ekd_lightning.studies.sweep import Job, JobState, Sweep, job_states, read_s
 
 if TYPE_CHECKING:
     from ekd_lightning.pipeline.prepare import Prepared
-    from ekd_lightning.teachers.plan import PlannedTeacher
 
 log = logging.getLogger(__name__)
 
@@ -58,11 +57,23 @@ def check_job(settings: Settings) -> Prepared:
         return check_run(settings, Path(nowhere), "sweep", callbacks)[0]
 
 
-def obtain_weights(teacher: PlannedTeacher) -> None:
-    """Finds or downloads the published weights of a planned teacher, so that no run has to; trains none."""
-    if teacher.find_weights is not None:
-        with part(f"weights of {teacher.id}"):
-            teacher.find_weights()
+def read_teachers(settings: Settings, prepared: Prepared, known: set[str]) -> None:
+    """Reads the weights of a job's teachers that need no training, or downloads them, so that no run has to.
+
+    Teachers that are `known` are not read again; the others are added.
+
+    Raises:
+        UserError: If weights are missing, damaged or do not fit.
+    """
+    from ekd_lightning.training.pool import check_teachers  # noqa: PLC0415 (slow; --help needs none)
+
+    others = {name: value for name, value in asdict(settings.teachers).items() if name not in ("pool", "count")}
+    for plan, entry in zip(prepared.pool, settings.teachers.pool, strict=False):
+        key = _text([entry, others, asdict(settings.data)])
+        if key not in known:
+            with part(f"teacher {plan.id}"):
+                check_teachers([plan])
+            known.add(key)
 
 
 class JobChecks:
@@ -122,23 +133,11 @@ class JobChecks:
         if (key := _text(plain)) not in self._refused:
             self._refused[key] = None
             try:
-                self._read_teachers(settings, check_job(settings))
+                read_teachers(settings, check_job(settings), self._read)
             except Exception as error:
                 self._refused[key] = error
         if (refused := self._refused[key]) is not None:
             raise refused
-
-    def _read_teachers(self, settings: Settings, prepared: Prepared) -> None:
-        """Reads the weights of the teachers that need no training, or downloads them, so that no run has to."""
-        from ekd_lightning.training.pool import check_teachers  # noqa: PLC0415 (slow; --help needs none)
-
-        others = {name: value for name, value in asdict(settings.teachers).items() if name not in ("pool", "count")}
-        for plan, entry in zip(prepared.pool, settings.teachers.pool, strict=False):
-            key = _text([entry, others, asdict(settings.data)])
-            if key not in self._read:
-                with part(f"teacher {plan.id}"):
-                    check_teachers([plan])
-                self._read.add(key)
 
 
 def warn_of_idle_terms(jobs: Iterable[Sequence[str]], compose: Callable[[Sequence[str]], DictConfig]) -> None:

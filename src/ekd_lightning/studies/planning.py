@@ -31,7 +31,7 @@ from ekd_lightning.runs.directory import CONFIG, RunDirectory, RunState
 from ekd_lightning.runs.words import require_named_code
 from ekd_lightning.runs.writer import provenance
 from ekd_lightning.settings import Settings, is_free
-from ekd_lightning.studies.checking import check_job, obtain_weights
+from ekd_lightning.studies.checking import check_job, read_teachers
 from ekd_lightning.studies.cost import remaining_cost, training_cost
 from ekd_lightning.studies.rows import plan_rows, with_tuned
 from ekd_lightning.studies.study import MATCHES, RUNS, Composer, RowPlan, Study, continued, read_run, union
@@ -39,8 +39,6 @@ from ekd_lightning.studies.sweep import Job
 
 if TYPE_CHECKING:
     from ekd_lightning.data import Dataset, Unlabelled
-    from ekd_lightning.pipeline.prepare import Prepared
-    from ekd_lightning.teachers.plan import PlannedTeacher
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +115,7 @@ def plan(study: Study, folder: Path, compose: Composer, *, retry_failed: bool) -
     # Rows are counted, as the further seeds of a checked row take no time.
     for fraction, row in track(list(product(study.fractions, study.rows)), "checking", "rows"):
         found.add(row, fraction)
-    found.check_inputs()
+    found.check_together()
     jobs = found.jobs()
     others = f", {found.running} left to other processes, which are running them" if found.running else ""
     again = sum(job.resumed for job in jobs)
@@ -139,7 +137,8 @@ class _Runs:
         self.done, self.left, self.running = list[RunEntry](), list[RunEntry](), 0
         self.directories: set[Path] = set()
         self._jobs: list[tuple[tuple[float, int, int], Job]] = []
-        self._recorded, self._checked, self._inputs = list[RunEntry](), list[Settings](), StudyInputs()
+        self._recorded, self._checked, self._teachers = list[RunEntry](), list[Settings](), set[str]()
+        self._images: dict[float | None, tuple[Settings, Dataset, Unlabelled | None]] = {}
         self._free = [word for word in study.common if may_be_given(word)]
 
     def add(self, row: RowPlan, fraction: float) -> None:
@@ -166,8 +165,7 @@ class _Runs:
                 self.left.append(found)
             else:
                 if whole is None:
-                    whole = _check_row(row, settings, self._inputs)
-                    self._checked.append(settings)
+                    whole = self._check(row, settings)
                 job = self._job(found, row, words, settings, whole)
                 self._jobs.append(((fraction, seed, -len(config.method.terms)), job))
 
@@ -179,10 +177,25 @@ class _Runs:
         cost = remaining_cost(found, settings, whole) if resumed else whole
         return Job(found.directory, own, resumed, row.name, **cost)
 
-    def check_inputs(self) -> None:
-        """Refuses images other than those of existing runs, and missing weights; warns of overrides without effect."""
-        self._inputs.refuse_other_images(self._recorded)
-        self._inputs.obtain_weights()
+    def _check(self, row: RowPlan, settings: Settings) -> dict[str, int]:
+        """Checks a row as its run would, so that a refused row ends the study before another trains; returns its cost.
+
+        Rows with the same share have the same images.
+        """
+        try:
+            prepared = check_job(settings)
+            read_teachers(settings, prepared, self._teachers)
+            cost = training_cost(settings, prepared)
+        except UserError as error:
+            raise UserError(f"row {row.name}: {error}") from None
+        self._checked.append(settings)
+        images = settings, prepared.dataset, prepared.datamodule.unlabelled
+        self._images.setdefault(settings.data.fraction, images)
+        return cost
+
+    def check_together(self) -> None:
+        """Refuses images other than those of existing runs, and warns of overrides without effect."""
+        _refuse_other_images(self._images.values(), self._recorded)
         warn_without_effect([key_of(word) for word in self._study.common], self._checked)
 
     def jobs(self) -> list[Job]:
@@ -212,49 +225,18 @@ def _check_configuration(directory: Path, plain: dict[str, Any]) -> None:
         )
 
 
-class StudyInputs:
-    """The images on which the runs of a study will train, for each share of the training images, and their teachers."""
+def _refuse_other_images(images: Iterable[tuple[Settings, Dataset, Unlabelled | None]], runs: list[RunEntry]) -> None:
+    """Refuses images that differ from those of existing runs.
 
-    def __init__(self) -> None:
-        self._found: dict[float | None, tuple[Settings, Dataset, Unlabelled | None]] = {}
-        self._weights: dict[tuple[str, str], tuple[str, PlannedTeacher]] = {}
+    Unlabelled images that are the rest of a data set depend on the share, so they are compared within one only.
+    """
+    from ekd_lightning.pipeline.context import refuse_other_images  # noqa: PLC0415 (slow; a report needs none)
 
-    def add(self, row: str, settings: Settings, prepared: Prepared) -> None:
-        """Adds the images and teachers of a job; jobs of other rows with the same share have the same images."""
-        self._found.setdefault(settings.data.fraction, (settings, prepared.dataset, prepared.datamodule.unlabelled))
-        for plan in prepared.pool:
-            self._weights.setdefault((settings.teachers.weights_dir, plan.id), (row, plan))
-
-    def obtain_weights(self) -> None:
-        """Finds or downloads the published weights of all teachers; trains none."""
-        for row, plan in self._weights.values():
-            try:
-                obtain_weights(plan)
-            except UserError as error:
-                raise UserError(f"row {row}: {error}") from None
-
-    def refuse_other_images(self, runs: Iterable[RunEntry]) -> None:
-        """Refuses images that differ from those of existing runs.
-
-        Unlabelled images that are the rest of a data set depend on the share, so they are compared within one only.
-        """
-        from ekd_lightning.pipeline.context import refuse_other_images  # noqa: PLC0415 (slow; a report needs none)
-
-        records = {json.dumps(data, sort_keys=True): run for run in runs if (data := run.provenance.get("data"))}
-        for fraction, (settings, dataset, unlabelled) in self._found.items():
-            for run in records.values():
-                same = run.setting("data.fraction") == fraction or (unlabelled and unlabelled.kind == "own")
-                refuse_other_images(run.on_disk, settings, dataset, unlabelled if same else None)
-
-
-def _check_row(row: RowPlan, settings: Settings, inputs: StudyInputs) -> dict[str, int]:
-    """Checks a row as its run would, so that a refused row ends the study before any other trains; returns its cost."""
-    try:
-        prepared = check_job(settings)
-        inputs.add(row.name, settings, prepared)
-        return training_cost(settings, prepared)
-    except UserError as error:
-        raise UserError(f"row {row.name}: {error}") from None
+    records = {json.dumps(data, sort_keys=True): run for run in runs if (data := run.provenance.get("data"))}
+    for settings, dataset, unlabelled in images:
+        for run in records.values():
+            same = run.setting("data.fraction") == settings.data.fraction or (unlabelled and unlabelled.kind == "own")
+            refuse_other_images(run.on_disk, settings, dataset, unlabelled if same else None)
 
 
 def _resumed_words(directory: Path, free: Sequence[str]) -> list[str]:

@@ -44,7 +44,6 @@ class PlannedTeacher:
         source: Where it comes from, see `TeacherIdentity`.
         obtain: Loads or trains it; returns the network, and details for `TeacherIdentity`.
         unknown: Classes of the data that it does not know; all classes for a teacher of features alone.
-        find_weights: Finds its published weights, or downloads them; None if it has none.
         is_ready: Whether `obtain` has nothing to train; if it has, checks first that it can.
     """
 
@@ -53,7 +52,6 @@ class PlannedTeacher:
     source: str
     obtain: Callable[[], tuple[StagedNetwork, dict[str, Any]]]
     unknown: frozenset[int] = frozenset()
-    find_weights: Callable[[], object] | None = None
     is_ready: Callable[[], bool] = lambda: True
 
 

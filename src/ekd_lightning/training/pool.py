@@ -160,7 +160,7 @@ def _plan_zoo(settings: TeacherSettings, zoo_id: str, key: str, data: TeacherDat
             "published_accuracy": known.accuracy,
         }
 
-    return PlannedTeacher(zoo_id, known.spec, "zoo", obtain, find_weights=find)
+    return PlannedTeacher(zoo_id, known.spec, "zoo", obtain)
 
 
 def _plan_file(entry: TeacherEntry, key: str, data: TeacherData) -> PlannedTeacher:
@@ -291,5 +291,4 @@ def _plan_library(
         entry.source,
         lambda: (load(classes=classes), {"trained_on": "published", **detail}),
         frozenset(c for c, place in enumerate(classes or ()) if place == ABSENT),
-        partial(load, classes=classes) if found.path is None and entry.source != "module" else None,
     )
