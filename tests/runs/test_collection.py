@@ -8,8 +8,8 @@ import pytest
 from made_runs import result, write_run
 
 from ekd_lightning.errors import UserError
+from ekd_lightning.roles import is_finite
 from ekd_lightning.runs.collection import collect
-from ekd_lightning.runs.result import is_number
 
 
 def states(found):
@@ -168,4 +168,4 @@ def test_a_number_that_is_none_is_read_as_null(tmp_path):
 
 @pytest.mark.parametrize(("value", "expected"), [(10**308, True), (10**309, False), (True, False), (None, False)])
 def test_only_what_a_float_can_hold_is_a_score(value, expected):
-    assert is_number(value) is expected
+    assert is_finite(value) is expected

@@ -22,10 +22,10 @@ from ekd_lightning.files import DamagedFileError
 from ekd_lightning.methods.assignment import last_kind, make_assignment
 from ekd_lightning.reporting.estimates import SHARE, Estimate, estimate, limits_of
 from ekd_lightning.reporting.groups import Group
+from ekd_lightning.roles import is_finite
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import ARRAYS
 from ekd_lightning.runs.directory import CURVES as CURVES_FILE
-from ekd_lightning.runs.result import is_number
 
 Array = np.ndarray
 
@@ -76,7 +76,7 @@ def _points(group: Group, key: str) -> list[Point]:
     found: dict[tuple[int, ...] | float, list[Mapping[str, Any]]] = defaultdict(list)
     for run in group.done:
         for row in run.get(key) or ():
-            if is_number(row.get("accuracy")) and is_number(row.get("macs")):
+            if is_finite(row.get("accuracy")) and is_finite(row.get("macs")):
                 found[tuple(row["branches"]) if "branches" in row else float(row["threshold"])].append(row)
     points = []
     for name, rows in found.items():

@@ -14,9 +14,9 @@ from typing import Any
 from ekd_lightning.reporting import setups
 from ekd_lightning.reporting.estimates import SHARE, Difference, Estimate, corrected, estimate, limits_of, minus
 from ekd_lightning.reporting.setups import taught_by
+from ekd_lightning.roles import is_finite
 from ekd_lightning.runs.collection import Collection, RunEntry
 from ekd_lightning.runs.protocol import Protocol
-from ekd_lightning.runs.result import is_number
 
 FEW = 5
 """An interval over fewer runs comes with a warning."""
@@ -131,11 +131,11 @@ class Group:
 
     def scalars(self) -> dict[str, Estimate]:
         """Every field of the results that is a number, by its name."""
-        keys = dict.fromkeys(key for run in self.done for key, value in (run.result or {}).items() if is_number(value))
+        keys = dict.fromkeys(key for run in self.done for key, value in (run.result or {}).items() if is_finite(value))
         found = {key: self.values(key) for key in keys}
         if "test_mean_branch_accuracy" not in found:  # without an evaluation only the branches are on record
             rows = [run.get("test_branch_accuracy") or [] for run in self.done]
-            means = [sum(row) / len(row) for row in rows if row and all(map(is_number, row))]
+            means = [sum(row) / len(row) for row in rows if row and all(map(is_finite, row))]
             found["test_mean_branch_accuracy"] = estimate(means, SHARE)
         return {key: one for key, one in found.items() if one is not None}
 
@@ -281,4 +281,4 @@ def _at(value: Any, path: Sequence[int | str]) -> float | None:
             value = value.get(step) if isinstance(value, Mapping) else None
         else:
             value = value[step] if isinstance(value, list) and -len(value) <= step < len(value) else None
-    return float(value) if is_number(value) else None
+    return float(value) if is_finite(value) else None

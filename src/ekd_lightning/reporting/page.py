@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import gzip
-import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
+from jinja2.utils import htmlsafe_json_dumps
 
 from ekd_lightning.reporting import details, tables
 from ekd_lightning.reporting.answer import METHODS, ROLES, Answer, judge
@@ -157,10 +157,7 @@ def script_json(content: Any) -> str:
     Raises:
         ValueError: If a number is not finite.
     """
-    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    for letter in "<>&\u2028\u2029":
-        text = text.replace(letter, f"\\u{ord(letter):04x}")
-    return text
+    return htmlsafe_json_dumps(content, separators=(",", ":"), allow_nan=False)
 
 
 def pack(text: str) -> str:

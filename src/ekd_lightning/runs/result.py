@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any, TypedDict, get_type_hints
 
-from ekd_lightning.roles import is_finite, is_of
+from ekd_lightning.roles import is_of
 from ekd_lightning.settings import EVALUATION_PARTS
 
 _LATE = {"late": True}
@@ -215,11 +215,6 @@ class Result(Mapping[str, Any]):
 @cache
 def _hints() -> dict[str, Any]:
     return {name: hint for name, hint in get_type_hints(Result).items() if name != "more"}
-
-
-def is_number(value: Any) -> bool:
-    """Whether a field holds a finite number."""
-    return is_finite(value)
 
 
 def complete(record: dict[str, Any], data: Callable[[], Mapping[str, Any]], *, fraction_is_rounded: bool) -> None:

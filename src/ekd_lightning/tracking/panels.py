@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ekd_lightning.runs.result import is_number
+from ekd_lightning.roles import is_finite
 
 MOST_EXAMPLES = 32
 
@@ -119,7 +119,7 @@ def scalars(result: Mapping[str, Any]) -> dict[str, float]:
     found: dict[str, float] = {}
     for field, value in result.items():
         name = _scalar_name(field)
-        if name is not None and is_number(value):
+        if name is not None and is_finite(value):
             found[name] = float(value)
         elif name is not None and field.startswith("test_branch_accuracy") and isinstance(value, list):
             found |= {f"{name}_{k}": float(item) for k, item in enumerate(value)}
