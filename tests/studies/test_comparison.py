@@ -234,8 +234,8 @@ def test_a_tuned_file_sets_its_methods_own_settings_alone(tmp_path, word, named)
         ),
         ({"rows": {"ce": {"overrides": ["method=ce", "data.root=/x"], "without": []}}}, "may set only its method"),
         ({"common": ["hydra.run.dir=/x"]}, "a record may set only settings of a run"),
-        ({"seeds": [0, "../1"]}, r"study\.json: damaged \(--seeds"),
-        ({"fractions": [2]}, r"study\.json: damaged \(--fractions"),
+        ({"seeds": [0, "../1"]}, r"study\.json: damaged \(seeds\): give different whole numbers"),
+        ({"fractions": [2]}, r"study\.json: damaged \(fractions\): give different shares"),
     ],
 )
 def test_a_foreign_study_is_named(tmp_path, change, named):

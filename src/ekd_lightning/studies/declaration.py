@@ -140,22 +140,15 @@ def check_common(words: Sequence[str], where: object) -> tuple[str, ...]:
 def _read_part(where: str, name: str, own: Mapping[str, Any]) -> Part:
     check_name(where, name)
     _check_keys(where, own, {"data": str, "fraction": float}, required=("data", "fraction"))
-    (fraction,) = _numbers(where, "fraction", [own["fraction"]])
+    (fraction,) = parse_numbers("--fractions", [own["fraction"]], f"{where}: fraction")
     return Part(name, own["data"], fraction)
-
-
-def _numbers(where: str, key: str, values: Sequence[object]) -> tuple[Any, ...]:
-    try:
-        return parse_numbers("--fractions" if key == "fraction" else "--seeds", ",".join(map(str, values)))
-    except UserError as error:
-        raise UserError(f"{where}: {key}: {str(error).partition(': ')[2]}") from None
 
 
 def _read_rows(where: str, content: Mapping[str, Any] | None, kind: str) -> Iterable[DeclaredRow]:
     if content is None:
         return
     _check_keys(where, content, {"seeds": list[int], "rows": dict[str, dict[str, Any]]}, required=("seeds", "rows"))
-    seeds = _numbers(where, "seeds", content["seeds"])
+    seeds = parse_numbers("--seeds", content["seeds"], f"{where}: seeds")
     for name, own in content["rows"].items():
         _check_keys(f"{where}: {name}", own, {"method": str, "with": list[str], "match": str})
         if own.get("match", MATCHES[0]) not in MATCHES:

@@ -138,20 +138,21 @@ _NUMBERS: dict[str, tuple[Callable[[str], float], Callable[[float], bool], str]]
 }
 
 
-def parse_numbers(option: str, text: str) -> tuple[Any, ...]:
-    """Reads `0,1,2` for `--seeds`, or `0.05,0.1` for `--fractions`.
+def parse_numbers(option: str, given: str | Sequence[object], where: str = "") -> tuple[Any, ...]:
+    """Reads `0,1,2` or a list for `--seeds`, or `0.05,0.1` for `--fractions`; errors say `where` they stand.
 
     Raises:
         UserError: For anything but different numbers in the option's range.
     """
     read, fits, allowed = _NUMBERS[option]
+    text = given if isinstance(given, str) else ",".join(map(str, given))
     try:
         values = [read(word) for word in text.split(",")]
     except ValueError:
         values = []
     different = {value if isinstance(value, int) else f"{value:g}" for value in values}  # as directories are named
     if not values or not all(map(fits, values)) or len(different) < len(values):
-        raise UserError(f"{option} {text}: give different {allowed}")
+        raise UserError(f"{where or f'{option} {text}'}: give different {allowed}")
     return tuple(values)
 
 
@@ -190,7 +191,8 @@ def read_study(folder: Path) -> Study | None:
         content = read_json(path)
         require_format(path, content)
         rows = tuple(_read_row(path, name, row) for name, row in content["rows"].items())
-        fractions, seeds = (_read_numbers(path, name, content[name]) for name in ("fractions", "seeds"))
+        fractions = parse_numbers("--fractions", content["fractions"], f"{path}: damaged (fractions)")
+        seeds = parse_numbers("--seeds", content["seeds"], f"{path}: damaged (seeds)")
         common, where = tuple(content["common"]), str(content.get("working_directory", ""))
         declaration = str(content.get("declaration", ""))
         study = Study(rows, fractions, seeds, common, str(content["data"]), where, declaration)
@@ -229,7 +231,7 @@ def _read_row(path: Path, name: str, row: Mapping[str, Any]) -> RowPlan:
     match = row.get("match")
     if match not in (None, *MATCHES):
         raise UserError(f"{path}: damaged (match {match!r})")
-    seeds = _read_numbers(path, "seeds", row["seeds"]) if "seeds" in row else None
+    seeds = parse_numbers("--seeds", row["seeds"], f"{path}: damaged (seeds)") if "seeds" in row else None
     return RowPlan(name, words, tuple(row["without"]), seeds, bool(row.get("decides", True)), match)
 
 
@@ -245,13 +247,6 @@ def check_row_words(where: object, name: str, words: Sequence[str]) -> tuple[str
         if not is_under(key_of(word), ("method", "student", "recipe")):
             raise UserError(f"{where}: {word}: the row {name} may set only its method, student and recipe")
     return checked
-
-
-def _read_numbers(path: Path, name: str, values: Sequence[object]) -> tuple[Any, ...]:
-    try:
-        return parse_numbers(f"--{name}", ",".join(map(str, values)))
-    except UserError as error:
-        raise UserError(f"{path}: damaged ({error})") from None
 
 
 def continued(old: Study, words: tuple[str, ...]) -> tuple[str, ...]:
