@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -140,8 +140,10 @@ def test_without_a_login_it_is_one_line(views, monkeypatch, more):
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
-    monkeypatch.setitem(sys.modules, "wandb_workspaces.reports.v2", None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *_: None if name == "wandb_workspaces" else find(name)
+    )
     assert "ekd-lightning[dashboards]" in refused("--entity", "me")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ekd_lightning.errors import UserError
+from ekd_lightning.errors import require
 
 if TYPE_CHECKING:
     import wandb_workspaces.reports.v2 as reports
@@ -140,11 +140,8 @@ _PARAMETERS = ("method_name", "fraction", "num_teachers", "num_branches")
 
 
 def _packages() -> tuple[Any, Any]:
-    try:
-        import wandb_workspaces.reports.v2 as wr  # noqa: PLC0415 (an optional package)
-        import wandb_workspaces.workspaces as ws  # noqa: PLC0415
-    except ModuleNotFoundError:
-        raise UserError(
-            "saved workspaces and reports need W&B's package: pip install 'ekd-lightning[dashboards]'"
-        ) from None
+    require("dashboards", "wandb_workspaces")
+    import wandb_workspaces.reports.v2 as wr  # noqa: PLC0415 (an optional package)
+    import wandb_workspaces.workspaces as ws  # noqa: PLC0415
+
     return ws, wr

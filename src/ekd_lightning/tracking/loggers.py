@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pytorch_lightning.loggers import Logger, WandbLogger
+from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
-from ekd_lightning.errors import UserError, one_line
+from ekd_lightning.errors import UserError, one_line, require
 from ekd_lightning.files import BackgroundWriter, DamagedFileError, read_bytes, write_text
 from ekd_lightning.runs.writer import RunWriter
 from ekd_lightning.settings import LoggerSettings, WandbSettings
@@ -141,7 +141,8 @@ def make_loggers(
     """
     loggers: list[Logger] = [MetricsCsv(directory / "metrics.csv")] if job_type == STUDENT else []
     if settings.tensorboard:
-        loggers.append(_tensorboard(directory))
+        require("tensorboard", "tensorboard", or_else="set logger.tensorboard=false")
+        loggers.append(TensorBoardLogger(directory, name="tensorboard", version="", default_hp_metric=False))
     # The agent of a W&B sweep gives this process one run, which is the student's.
     if settings.wandb.enabled and (job_type == STUDENT or not in_wandb_sweep()):
         made = _wandb(settings.wandb, directory, name=name, sweep=sweep, config=config, job_type=job_type)
@@ -180,17 +181,6 @@ def open_curves(
         ended = {}
     finally:
         finish_loggers(loggers, result=ended)
-
-
-def _tensorboard(directory: Path) -> Logger:
-    from pytorch_lightning.loggers import TensorBoardLogger  # noqa: PLC0415 (an optional package behind it)
-
-    try:
-        return TensorBoardLogger(save_dir=directory, name="tensorboard", version="", default_hp_metric=False)
-    except ModuleNotFoundError:
-        raise UserError(
-            "logger.tensorboard=true: TensorBoard is not installed: pip install 'ekd-lightning[tensorboard]'"
-        ) from None
 
 
 def _wandb(
