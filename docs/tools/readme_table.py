@@ -57,9 +57,11 @@ def section(report: Report, folder: str) -> str:
         for label, called in named.items()
         if label in groups
     ]
+    counts = sorted({groups[label].n for label in named if label in groups})
+    seeds = f"{counts[0]} seeds" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
     intro = (
         f"{100 * (block.fraction or 1):g} % of {block.data}'s labels, {len(block.teachers)} pretrained teachers, "
-        f"{block.protocol.steps or 0:,} steps, mean ± standard deviation over {one.ekd.n} seeds; all {len(groups)} "
+        f"{block.protocol.steps or 0:,} steps, mean ± standard deviation over {seeds}; all {len(groups)} "
         f"rows, and the other studies, are in [{folder}]({folder}/README.md). "
         f"{made_on([groups[label] for label in named if label in groups])}"
     )
