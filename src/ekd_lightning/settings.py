@@ -371,8 +371,8 @@ class StudentSettings:
     usual width; null: branches are as wide as the network."""
     ensemble: str = field(default="mean_logits", metadata=COMPUTED)
     branch_gradients: str = field(default="mean", metadata=COMPUTED | _BRANCHED | one_of("mean", "sum"))
-    """Gradient of a branch's own weights: mean (1/K of a plain network's, as the losses are means over K branches) or
-    sum (the whole of it). The trunk learns from the mean in both cases."""
+    """Gradient of a branch's own weights: mean (1/K of a plain network's, if losses are means over K branches) or sum
+    (K times that). The trunk learns from the mean in both cases."""
     reuse_classifier: bool = field(default=False, metadata=COMPUTED)
     """Whether every branch ends with a projector into its teacher's features and the teacher's frozen classifier,
     instead of a head of its own (SimKD)."""
@@ -570,13 +570,6 @@ def without_effect(settings: Settings, given: Collection[str], facts: Mapping[st
                 value, beside_value = (f"{_value(settings, name)!s:.60}" for name in (word, other))
                 found[word] = f"{word}={value} has no effect with {other}={beside_value}"
     return found
-
-
-def has_effect(key: str, config: Mapping[str, Any]) -> bool:
-    """Whether a setting has an effect in a plain configuration, which may lack other settings that have defaults."""
-    conditions = [(other, counts) for known, other, counts in _CONDITIONS if f"{key}.".startswith(f"{known}.")]
-    values = [(counts, _value(config, other), _value(Settings(), other)) for other, counts in conditions]
-    return all(counts(default if value is None else value) for counts, value, default in values)
 
 
 def _value(settings: object, key: str) -> Any:

@@ -238,7 +238,7 @@ def test_a_false_description_of_weights_is_refused_with_the_name_of_its_file(tmp
             parent, name = _places(document)[position]
             parent[name] = value
             texts.append(json.dumps(document))
-    for text in Random(kind).sample(texts[6:], 30) + texts[:6]:
+    for text in texts:
         path.write_bytes(seal(safetensors.torch.save(tensors, {**metadata, key: text, SEAL: UNSEALED})))
         outcomes["false description of weights"] += 1
         refusal = str(path)

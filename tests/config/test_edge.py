@@ -374,5 +374,5 @@ def test_retries_of_the_hub_are_one_line(caplog, monkeypatch):
         client.warning("You are sending unauthenticated requests")
     finally:
         client.removeFilter(edge._HUB_RETRIES)
-    told = "the Hugging Face hub does not answer ('[Errno -2] Name or service not known'); trying again"
+    told = "a request to the Hugging Face hub failed ('[Errno -2] Name or service not known'); trying again"
     assert caplog.messages == [told, "You are sending unauthenticated requests"]

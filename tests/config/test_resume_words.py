@@ -169,6 +169,18 @@ def test_settings_of_branches_count_as_changed_only_with_branches():
     assert list(changes(plain[0], branched[1])) == ["student.branches", "student.branch_gradients"]
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "key"),
+    [
+        ({"student": {"branches": 1}}, {"student": {"branches": 1, "split_after": "none"}}, "student.split_after"),
+        ({"recipe": {"optimizer": "adamw"}}, {"recipe": {"optimizer": "adamw", "momentum": 0.5}}, "recipe.momentum"),
+    ],
+)
+def test_settings_that_name_weights_or_serve_other_recipes_count_as_changed(old, new, key):
+    """Of one branch, `split_after` names the weights; assistants may have another optimiser than the student."""
+    assert list(changes(old, new)) == [key]
+
+
 def test_only_what_does_not_change_the_result_may_change(run):
     directory = run()
     check_unchanged(directory, {**PLAIN, "trainer": {"max_epochs": 2}, "tags": ["x"], "resume": "y"})

@@ -297,21 +297,24 @@ def test_a_stopped_job_goes_on_whatever_may_change_has_changed(sweep, monkeypatc
 def test_a_term_of_weight_0_that_no_job_has_is_told(recwarn):
     register_schema()
     told = "method.terms.{}.weight={} has no effect: {} has no term {}; its terms are {}"
-    kd, idle = "ce_ensemble, kd_ensemble", ("method.terms.x.weight=.0", "method.terms.feature_branch.weight=0")
+    kd, idle = "ce_ensemble, kd_ensemble", ("method.terms.fsp.weight=.0", "method.terms.feature_branch.weight=0")
     with initialize_config_module("ekd_lightning.conf", version_base="1.3"):
         for jobs, lines in (
             (
                 [("method=kd", *idle)],
-                [told.format("x", ".0", "kd", "x", kd), told.format("feature_branch", "0", "kd", "feature_branch", kd)],
+                [
+                    told.format("fsp", ".0", "kd", "fsp", kd),
+                    told.format("feature_branch", "0", "kd", "feature_branch", kd),
+                ],
             ),
             (
                 [("method=kd", *idle), ("method=ekd_pooled", *idle)],
                 [
                     told.format(
-                        "x",
+                        "fsp",
                         ".0",
                         "ekd_pooled",
-                        "x",
+                        "fsp",
                         ", ".join(compose("train", overrides=["method=ekd_pooled"]).method.terms),
                     )
                 ],
@@ -327,15 +330,18 @@ def test_a_term_of_weight_0_that_no_job_has_is_told(recwarn):
 def test_a_new_sweep_tells_terms_of_weight_0_that_no_job_has(tmp_path, monkeypatch):
     monkeypatch.setattr(multirun, "JobChecks", lambda _: SimpleNamespace(mistakes=lambda jobs: {}, settings=[]))
     with initialize_config_module("ekd_lightning.conf", version_base="1.3"):
-        config = composed("method=kd,kd_mean", "method.terms.x.weight=0", "seed=0,1")
+        config = composed("method=kd,kd_mean", "method.terms.fsp.weight=0", "seed=0,1")
         with pytest.warns(
-            UserWarning, match=r"x\.weight=0 has no effect: kd_mean has no term x; its terms are ce_ensemble, kd_"
+            UserWarning, match=r"fsp\.weight=0 has no effect: kd_mean has no term fsp; its terms are ce_ensemble, kd_"
         ):
             multirun._check(config, planned_sweep(config, tmp_path))
 
 
 FORMER = "method=ekd_pooled method.name=ekd student.branch_gradients=mean"
 """What `method=ekd` was in version 0.1."""
+
+
+GRADIENTS = "student.branch_gradients=mean"
 
 
 def recorded(folder: Path, *own: tuple[str, ...], record: str) -> Sweep:
@@ -390,6 +396,11 @@ def test_a_sweep_does_not_go_on_with_other_settings_than_its_runs_had(tmp_path, 
             "recipe.epochs=3",
             "recipe.epochs=3: a resumed sw",
         ),
+        # Without effect in the job that has no branches.
+        ((("method=ekd",), ("method=ce",)), GRADIENTS, GRADIENTS, ""),
+        ((("method=ce",), ("method=ekd",)), "", GRADIENTS, f"{GRADIENTS}: a resumed sw"),
+        ((("seed=0",), ("seed=1",)), "", "imports=[json]", ""),
+        ((("seed=0",),), "", "recipe.lr=0.3", "recipe.lr differ"),  # nothing is left to run
     ],
 )
 def test_what_is_added_to_a_sweep_restores_what_is_on_record_and_changes_all_jobs_alike(

@@ -27,7 +27,7 @@ from ekd_lightning.roles import is_of, name_of_type, what_is_allowed
 from ekd_lightning.runs.directory import CONFIG, RunDirectory
 from ekd_lightning.runs.words import code_of, names_code
 from ekd_lightning.runs.writer import RunWriter
-from ekd_lightning.settings import Settings, has_effect, is_path, is_place, keys_where, without_effect
+from ekd_lightning.settings import Settings, is_path, is_place, keys_where, without_effect
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback
@@ -187,11 +187,14 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, An
     """The values in which two plain configurations differ, old and new, by their dotted keys.
 
     A setting that the old configuration lacks, as in a record of an earlier version, counts as having its default.
-    Paths are not compared, because the content of data and weights is compared by its hash when it is read. Neither are
-    settings without effect in both, such as those of branches for a student without branches.
+    Paths are not compared, because the content of data and weights is compared by its hash when it is read. Neither is
+    the gradient of branches between students without branches, which earlier records lack.
     """
-    changed = _changed(old, new, asdict(Settings()), "")
-    return {key: values for key, values in changed if has_effect(key, old) or has_effect(key, new)}
+    usual = asdict(Settings())
+    found = dict(_changed(old, new, usual, ""))
+    if all({**usual["student"], **config.get("student", {})}["branches"] == 1 for config in (old, new)):
+        found.pop("student.branch_gradients", None)
+    return found
 
 
 def _changed(old: Any, new: Any, default: Any, prefix: str) -> Iterator[tuple[str, tuple[Any, Any]]]:

@@ -189,17 +189,18 @@ _LEVELS = {
 
 
 class _HubRetries(logging.Filter):
-    """Tells once that the Hugging Face hub does not answer, in place of two lines for each try, each printed twice."""
+    """Tells once that a request to the Hugging Face hub has failed, in place of four lines for each try."""
 
     _told = False
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether a line of the hub's client is about something else."""
         cause, sign, _ = record.getMessage().partition(" thrown while requesting ")
-        if sign and not self._told:
+        log = logging.getLogger(__name__)
+        if sign and not self._told and log.isEnabledFor(logging.WARNING):  # not within a check of settings
             self._told = True
-            logging.getLogger(__name__).warning("the Hugging Face hub does not answer (%s); trying again", cause)
-        return not sign and not cause.startswith("Retrying in ")
+            log.warning("a request to the Hugging Face hub failed (%s); trying again", cause)
+        return not (self._told and (sign or cause.startswith(("Retrying in ", "Rate limited. Waiting "))))
 
 
 _HUB_RETRIES = _HubRetries()

@@ -29,6 +29,7 @@ from ekd_lightning.networks.staged import (
 ENSEMBLES = ("mean_logits", "mean_probs", "gate")
 NO_SPLIT = "none"
 BRANCH_GRADIENTS = ("mean", "sum")
+MOST_BRANCHES = 1000
 
 
 def _wide(logits: Tensor) -> Tensor:
@@ -42,7 +43,7 @@ class _ScaledGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, factor: float) -> Tensor:
         ctx.factor = factor
-        return value.view_as(value)
+        return value.clone()  # a view could not be changed in place by the stage that follows
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -50,7 +51,7 @@ class _ScaledGradient(torch.autograd.Function):
 
 
 def scale_gradient(value: Tensor, factor: float) -> Tensor:
-    """Returns `value` itself; gradients that flow back through it are multiplied by `factor`."""
+    """Returns a copy of `value`; gradients that flow back through it are multiplied by `factor`."""
     return cast(Tensor, _ScaledGradient.apply(value, factor))
 
 
@@ -165,7 +166,7 @@ class BranchedStudent(nn.Module):
 
         Args:
             spec: the network that trunk and branches are cut from.
-            branches: K, at least 1.
+            branches: K, from 1 to `MOST_BRANCHES`.
             split_after: the last shared stage, or `none` for K separate networks. If it is the network's last stage,
                 the branches are heads only.
             ensemble: `mean_logits`; `mean_probs` (the log of the mean softmax); or `gate` (learned
@@ -175,8 +176,8 @@ class BranchedStudent(nn.Module):
                 learns as fast as a network of its own. The trunk learns from the mean in both cases.
 
         Raises:
-            UserError: for fewer than one branch, a stage that the network does not have, an unknown ensemble or value
-                of `branch_gradients`, or a gate without a trunk; and as `registry.build_network`.
+            UserError: for a number of branches out of range, a stage that the network does not have, an unknown
+                ensemble or value of `branch_gradients`, or a gate without a trunk; and as `registry.build_network`.
         """
         super().__init__()
         _check(branches, split_after, ensemble)
@@ -266,8 +267,8 @@ class BranchedStudent(nn.Module):
 
 
 def _check(branches: int, split_after: str, ensemble: str) -> None:
-    if not isinstance(branches, int) or isinstance(branches, bool) or branches < 1:
-        raise UserError(f"branches={branches!r} is not allowed; give an integer >= 1")
+    if not isinstance(branches, int) or isinstance(branches, bool) or not 1 <= branches <= MOST_BRANCHES:
+        raise UserError(f"branches={branches!r:.30} is not allowed; give an integer from 1 to {MOST_BRANCHES}")
     if ensemble not in ENSEMBLES:
         raise unknown_name("ensemble", ensemble, ENSEMBLES)
     if ensemble == "gate" and split_after == NO_SPLIT:

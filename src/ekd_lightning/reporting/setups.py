@@ -39,7 +39,8 @@ _MOST_NAMED = 3
 _ALWAYS = ("student", "K", "M")
 """Settings that are named even with the usual value of a method."""
 _PLAIN = ("split", "ensemble")  # mean nothing for one branch
-_GRADIENTS = "student.branch_gradients"  # earlier records lack it, and had means
+_GRADIENTS = "student.branch_gradients"
+"""Means nothing for one branch; earlier records lack it, and had `mean`."""
 _UNKNOWN = "unknown settings"
 _GROUP = re.compile(r"^(method\.terms\.|student\.options\.|recipe\.|method\.|trainer\.)")
 """Prefixes that labels leave out."""
@@ -64,10 +65,7 @@ def describe(run: RunEntry) -> dict[str, Any]:
     chosen = result.get("teacher_choice") in ("best", "first")
     found["teachers"] = result.get("pool_teachers") if chosen else taught_by(result)
     found |= {"MACs": result.get("macs"), "parameters": result.get("num_parameters")}
-    own = settings(run) if run.config else {_UNKNOWN: True}
-    if found["K"] == 1 or own.get(_GRADIENTS) == "mean":
-        own.pop(_GRADIENTS, None)
-    return {**found, **own}
+    return {**found, **(settings(run) if run.config else {_UNKNOWN: True})}
 
 
 def differences(one: RunEntry, other: RunEntry) -> dict[str, tuple[Any, Any]]:
@@ -76,7 +74,7 @@ def differences(one: RunEntry, other: RunEntry) -> dict[str, tuple[Any, Any]]:
     pairs = {name: (ours.get(name), theirs.get(name)) for name in dict.fromkeys([*ours, *theirs])}
     if _UNKNOWN in pairs:
         pairs = {name: pair for name, pair in pairs.items() if name != _UNKNOWN and "." not in name}
-    recorded = (*_RESULT, *_DERIVED)
+    recorded = (*_RESULT, *_DERIVED, _GRADIENTS)
     return {
         name: pair for name, pair in pairs.items() if pair[0] != pair[1] and not (name in recorded and None in pair)
     }
@@ -92,6 +90,10 @@ def _settings(run: RunEntry) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in run.config.items():
         _flatten(value, name, flat)
+    if flat.get("student.branches", run.get("num_branches")) == 1:
+        flat.pop(_GRADIENTS, None)
+    elif flat:
+        flat.setdefault(_GRADIENTS, "mean")
     return {key: value for key, value in flat.items() if not is_free(key, exact=False)}
 
 
@@ -223,7 +225,7 @@ def _varies(name: str, setups: Sequence[Mapping[str, Any]], place: Sequence[int]
     """Whether a setting differs in a place, among the runs that have it on record."""
     able = [setups[position] for position in place if "." not in name or _UNKNOWN not in setups[position]]
     values = [setup.get(name) for setup in able]
-    if name in _RESULT or name in _DERIVED:
+    if name in (*_RESULT, *_DERIVED, _GRADIENTS):
         values = [value for value in values if value is not None]
     return any(value != values[0] for value in values)
 

@@ -84,7 +84,8 @@ def lead(found: Sequence[Standing]) -> str:
     if not tested:
         return "Whether EKD is ahead at equal cost with limited data is open: no comparison has enough runs."
     start = "is" if counts["above"] == tested else "is not" if not counts["above"] else "is sometimes"
-    methods = dict.fromkeys(method for method in SUBJECTS if any(one.ekd.method == method for one in limited))
+    enough = [one for one in limited if one.best and one.side(one.best.label) != "too few runs"]
+    methods = dict.fromkeys(method for method in SUBJECTS if any(one.ekd.method == method for one in enough))
     each = "; ".join(_sides(method, limited) for method in methods)
     by_method = f" By method: {each}." if len(methods) > 1 else ""
     few = sum(bool(one.better) for one in limited)

@@ -20,6 +20,7 @@ from ekd_lightning.config import internals
 from ekd_lightning.config.config import as_running, build_callbacks, import_user_modules, to_settings
 from ekd_lightning.config.mistakes import line_of
 from ekd_lightning.errors import UserError, quiet
+from ekd_lightning.methods.terms import TERMS
 from ekd_lightning.progress import importing, part, phase, session, track
 from ekd_lightning.runs.directory import RunState
 from ekd_lightning.runs.lock import DirectoryLock, LockedError, holder
@@ -158,7 +159,7 @@ def warn_of_idle_terms(jobs: Iterable[Sequence[str]], compose: Callable[[Sequenc
         idle = {
             word: f"{word} {lacks} {name}; its terms are {has}"
             for word, name in given.items()
-            if name not in method.terms
+            if name not in method.terms and name in TERMS  # the method refuses other names
         }
     for line in (idle or {}).values():
         warnings.warn(line, stacklevel=2)

@@ -63,7 +63,7 @@ def refuse_changed(sweep: Sweep, states: Sequence[JobState], hydra_words: Sequen
         if added:
             raise settings_are_kept(added[0])
         return
-    settings, first = _Compositions(multirun_config(sweep, hydra_words)), None
+    settings, first, restored = _Compositions(multirun_config(sweep, hydra_words)), None, False
     for number, (job, run) in enumerate(track(states, "comparing", "jobs")):
         if not (added or kept[number]):
             continue
@@ -75,11 +75,11 @@ def refuse_changed(sweep: Sweep, states: Sequence[JobState], hydra_words: Sequen
             continue  # the check of the jobs that are left tells it
         if kept[number]:
             _refuse_changed_job(sweep, job, now)
-        if added:
-            change = changes(settings(with_extra(job.overrides, free), number), now)
+        # The settings may be those of some of the jobs already.
+        if added and (change := changes(settings(with_extra(job.overrides, free), number), now)):
             alike &= first in (None, change)
-            first = change
-    if not alike:
+            first, restored = change, restored or kept[number]
+    if not alike or (first and not restored):
         raise settings_are_kept(added[0])
 
 
@@ -109,7 +109,9 @@ def _is_kept(run: RunEntry) -> bool:
 
 
 def _refuse_changed_job(sweep: Sweep, job: Job, now: dict[str, Any]) -> None:
-    if not (changed := changed_settings(job.directory, now)):
+    changed = changed_settings(job.directory, now)
+    changed.pop("imports", None)  # what further code registers does not change a run
+    if not changed:
         return
     words = restoring(read_config(job.directory), changed)
     if any(is_under(key_of(word), varied_keys(sweep.jobs)) for word in words):

@@ -223,8 +223,9 @@ def resume_sweep(folder: Path, argv: Sequence[str], task: TaskFunction) -> bool:
         print(f"{typed(folder)}: {done} of {len(states)} runs are done; ", end="")
         print(f"{running} running in other processes; " if running else "", end="")
         print(f"{len(jobs)} to be run, {again} of them from their last checkpoint", flush=True)
-        with working_in(sweep.working_directory) if jobs else contextlib.nullcontext():
-            if jobs:
+        compared = jobs or not all(may_be_added(word) or names_place(word) for word in extra)
+        with working_in(sweep.working_directory) if compared else contextlib.nullcontext():
+            if compared:
                 refuse_changed(sweep, states, hydra_words, extra)
             if jobs := without_mistakes(jobs, left, sweep, hydra_words):
                 launch(jobs, sweep, hydra_words, task)
