@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from ekd_lightning.config import output
-from ekd_lightning.config.config import register_schema, to_plain, write_config
+from ekd_lightning.config.config import register_schema, to_plain, warn_of_idle_terms, write_config
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import read_json, write_json
 from ekd_lightning.progress import readable
@@ -323,7 +323,7 @@ def test_a_term_of_weight_0_that_no_job_has_is_told(recwarn):
             ([("method=kd", "+method.terms.y.type=kd_ensemble", "method.terms.y.weight=0")], []),
         ):
             recwarn.clear()
-            checking.warn_of_idle_terms(jobs, lambda words: compose("train", overrides=words))
+            warn_of_idle_terms(jobs, lambda words: compose("train", overrides=words))
             assert [str(one.message) for one in recwarn] == lines
 
 

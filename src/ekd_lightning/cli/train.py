@@ -20,7 +20,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ekd_lightning import progress
 from ekd_lightning.config.commands import compare_command, print_next, report_command, search_path, typed, typed_resume
-from ekd_lightning.config.config import build_callbacks, register_schema, to_plain, to_settings, warn_without_effect
+from ekd_lightning.config.config import (
+    build_callbacks,
+    register_schema,
+    to_plain,
+    to_settings,
+    warn_of_idle_terms,
+    warn_without_effect,
+)
 from ekd_lightning.config.directory import JobOutput, ddp_reruns_this_job, remove_unused
 from ekd_lightning.config.edge import OFF_SCREEN, is_interrupt, one_line, quiet_libraries, run_program
 from ekd_lightning.config.output import print_table
@@ -42,7 +49,6 @@ from ekd_lightning.runs.lock import LockedError, lock_ahead, release_ahead
 from ekd_lightning.runs.result import Result
 from ekd_lightning.runs.words import code_of
 from ekd_lightning.runs.writer import is_rank_zero
-from ekd_lightning.studies.checking import warn_of_idle_terms
 from ekd_lightning.studies.launching import is_watched
 from ekd_lightning.studies.multirun import discard_plan, finish_sweep, interrupted_sweep, lost_job, resume_sweep
 

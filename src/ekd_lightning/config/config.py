@@ -8,9 +8,10 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
@@ -38,6 +39,7 @@ PLACES = keys_where(is_path)
 """Settings that can be paths of folders."""
 TEACHER_PLACES = ("file", "weights", "hub")
 """Keys of a pool entry that can be paths."""
+_NO_WEIGHT = re.compile(r"\+{0,2}method\.terms\.(\w+)\.weight=[+-]?(?:0+\.?0*|\.0+)")
 
 
 def register_schema() -> None:
@@ -100,6 +102,32 @@ def warn_without_effect(keys: Sequence[str], jobs: Iterable[Settings]) -> None:
         if not lines:
             return
     for line in (lines or {}).values():
+        warnings.warn(line, stacklevel=2)
+
+
+def warn_of_idle_terms(jobs: Iterable[Sequence[str]], compose: Callable[[Sequence[str]], DictConfig]) -> None:
+    """Warns of terms that overrides give the weight 0, and that the method of no job has.
+
+    Args:
+        jobs: The overrides of each job; read only as far as needed.
+        compose: Composes overrides.
+    """
+    from ekd_lightning.methods.terms import TERMS  # noqa: PLC0415 (slow; --help and --cfg need none)
+
+    idle: dict[str, str] | None = None
+    for words in jobs:
+        found = {word: match[1] for word in words if (match := _NO_WEIGHT.fullmatch(word))}
+        given = {word: name for word, name in found.items() if idle is None or word in idle}
+        if not given:
+            return
+        method = compose([word for word in words if word not in given]).method
+        lacks, has = f"has no effect: {method.name} has no term", ", ".join(method.terms)
+        idle = {
+            word: f"{word} {lacks} {name}; its terms are {has}"
+            for word, name in given.items()
+            if name not in method.terms and name in TERMS  # the method refuses other names
+        }
+    for line in (idle or {}).values():
         warnings.warn(line, stacklevel=2)
 
 

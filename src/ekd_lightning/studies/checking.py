@@ -7,9 +7,8 @@ import json
 import logging
 import re
 import tempfile
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,6 @@ from ekd_lightning.config import internals
 from ekd_lightning.config.config import as_running, build_callbacks, import_user_modules, to_settings
 from ekd_lightning.config.mistakes import line_of
 from ekd_lightning.errors import UserError, quiet
-from ekd_lightning.methods.terms import TERMS
 from ekd_lightning.progress import importing, part, phase, session, track
 from ekd_lightning.runs.directory import RunState
 from ekd_lightning.runs.lock import DirectoryLock, LockedError, holder
@@ -36,7 +34,6 @@ log = logging.getLogger(__name__)
 
 SEED = re.compile(r"seed=\d{1,18}")
 """An override of the seed alone."""
-_NO_WEIGHT = re.compile(r"\+{0,2}method\.terms\.(\w+)\.weight=[+-]?(?:0+\.?0*|\.0+)")
 _BY_JOB = re.compile(r"\$\{[^}]*(\bseed\b|\bhydra:)")
 """An interpolation whose value differs between jobs that differ in their seed alone."""
 _ALONE = ("seed", "tags", "metric", "logger", "resume", "overwrite")
@@ -139,30 +136,6 @@ class JobChecks:
                 self._refused[key] = error
         if (refused := self._refused[key]) is not None:
             raise refused
-
-
-def warn_of_idle_terms(jobs: Iterable[Sequence[str]], compose: Callable[[Sequence[str]], DictConfig]) -> None:
-    """Warns of terms that overrides give the weight 0, and that the method of no job has.
-
-    Args:
-        jobs: The overrides of each job; read only as far as needed.
-        compose: Composes overrides.
-    """
-    idle: dict[str, str] | None = None
-    for words in jobs:
-        found = {word: match[1] for word in words if (match := _NO_WEIGHT.fullmatch(word))}
-        given = {word: name for word, name in found.items() if idle is None or word in idle}
-        if not given:
-            return
-        method = compose([word for word in words if word not in given]).method
-        lacks, has = f"has no effect: {method.name} has no term", ", ".join(method.terms)
-        idle = {
-            word: f"{word} {lacks} {name}; its terms are {has}"
-            for word, name in given.items()
-            if name not in method.terms and name in TERMS  # the method refuses other names
-        }
-    for line in (idle or {}).values():
-        warnings.warn(line, stacklevel=2)
 
 
 @contextlib.contextmanager

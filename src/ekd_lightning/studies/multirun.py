@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ekd_lightning.config import internals
 from ekd_lightning.config.commands import typed
-from ekd_lightning.config.config import warn_without_effect
+from ekd_lightning.config.config import warn_of_idle_terms, warn_without_effect
 from ekd_lightning.config.directory import claim_output
 from ekd_lightning.config.edge import ConsoleLines, ending_callback
 from ekd_lightning.config.overrides import (
@@ -38,7 +38,7 @@ from ekd_lightning.runs.lock import DirectoryLock, LockedError
 from ekd_lightning.runs.words import check_words, require_named_code
 from ekd_lightning.runs.writer import now
 from ekd_lightning.settings import may_change_between_parts
-from ekd_lightning.studies.checking import JobChecks, refuse_mistakes, refuse_used, warn_of_idle_terms, without_mistakes
+from ekd_lightning.studies.checking import JobChecks, refuse_mistakes, refuse_used, without_mistakes
 from ekd_lightning.studies.kept_settings import may_be_added, refuse_changed, settings_are_kept, with_extra
 from ekd_lightning.studies.launching import (
     is_queued,
