@@ -120,7 +120,11 @@ def parse_override(word: str) -> Override:
 
 
 def with_absolute(word: str, keys: Collection[str]) -> str:
-    """An override of a list of mappings, its relative paths below `keys` made absolute if they exist."""
+    """An override of a list of mappings, its relative paths below `keys` made absolute if they exist.
+
+    Raises:
+        OverrideParseException: If it does not follow the grammar.
+    """
     parsed = parse_override(word)
     for entry in parsed._value if isinstance(parsed._value, list) else []:
         for key, value in entry.items() if isinstance(entry, dict) else ():

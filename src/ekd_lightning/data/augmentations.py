@@ -90,7 +90,11 @@ def build_augmentation(name: str, options: Mapping[str, Any]) -> tuple[Augmentat
 
 
 def check_number(key: str, value: object, low: float, high: float = math.inf) -> float:
-    """Returns an option, a finite number in [low, high], as a float; `key` is `<augmentation>.<option>`."""
+    """Returns an option, a finite number in [low, high], as a float; `key` is `<augmentation>.<option>`.
+
+    Raises:
+        UserError: If it is not a finite number in [low, high].
+    """
     return Range(low, high).check(f"{OPTIONS_KEY}.{key}", value)
 
 

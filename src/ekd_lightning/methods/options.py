@@ -37,7 +37,11 @@ def number(
 
 
 def temperature_of(key: str, value: object) -> float:
-    """Checks a temperature as `number`; outside [0.001, 1000], T² or logits / T approach the limits of float32."""
+    """Checks a temperature as `number`; outside [0.001, 1000], T² or logits / T approach the limits of float32.
+
+    Raises:
+        UserError: If it is not a number in this range; the message begins with `key`.
+    """
     return number(key, value, low=1e-3, high=1e3)
 
 

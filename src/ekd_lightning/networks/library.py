@@ -249,6 +249,9 @@ def weight_classes(spec: NetworkSpec, weights: Path | None, state_key: str | Non
     """Returns the number of classes of trained weights, before they are loaded; see `load_library_network`.
 
     That of the spec is returned for a network without layers.
+
+    Raises:
+        UserError: As `load_library_network`.
     """
     if weights is None and (published := usual(spec.name)):
         return published.num_classes
@@ -303,7 +306,11 @@ def _own_options(spec: NetworkSpec) -> dict[str, Any]:
 
 
 def fixed_size(spec: NetworkSpec) -> int | None:
-    """Returns the only image size in pixels that a library's network accepts; None for any. Raises as `usual`."""
+    """Returns the only image size in pixels that a library's network accepts; None for any.
+
+    Raises:
+        UserError: For an unknown name, or a library that is not installed.
+    """
     known = usual(spec.name)
     if known is None or not known.fixed or any(spec.options.get(name) == any_size for name, any_size in _ANY_SIZE):
         return None

@@ -111,7 +111,11 @@ def own_teachers(assignment_KM: Tensor) -> list[int]:
 
 
 def reuse_classifiers(branches: Iterable[nn.Module], teachers: Sequence[StagedNetwork], assignment_KM: Tensor) -> None:
-    """Gives every branch of a projected student the classifier of its own teacher; see `own_teachers`."""
+    """Gives every branch of a projected student the classifier of its own teacher; see `own_teachers`.
+
+    Raises:
+        UserError: If a branch has several teachers.
+    """
     for branch, m in zip(branches, own_teachers(assignment_KM), strict=True):
         head = branch.get_submodule("head")
         head.load_state_dict(teachers[m].head.state_dict())

@@ -186,6 +186,9 @@ def family(name: str) -> tuple[str, ...]:
 
     For `resnet8` these are resnet8, resnet14, ..., resnet110, for `wrn_16_2` the factors 1 to 10; a network without a
     final number is returned alone.
+
+    Raises:
+        UserError: For an unknown name.
     """
     if is_of_library(name):
         return (name,)

@@ -122,7 +122,11 @@ def prepare(settings: Settings, accelerator: str, curves: TeacherCurves | None =
 
 
 def check_settings(settings: Settings) -> None:
-    """Makes the checks that need neither the images nor this machine, so that a sweep makes them for all its jobs."""
+    """Makes the checks that need neither the images nor this machine, so that a sweep makes them for all its jobs.
+
+    Raises:
+        UserError: At the first setting that does not fit.
+    """
     settings.check()
     check_trainer(settings.trainer)
     check_optimizer(settings.recipe, "recipe")
@@ -166,7 +170,11 @@ def _log_unlabelled(settings: Settings, data: ImageDataModule) -> None:
 
 
 def with_teachers(settings: Settings, prepared: Prepared, plans: list[PlannedTeacher]) -> Prepared:
-    """Returns the same run with other teachers, and with the method built for them, which they must fit."""
+    """Returns the same run with other teachers, and with the method built for them, which they must fit.
+
+    Raises:
+        UserError: If the method does not fit the teachers.
+    """
     if prepared.chain is not None:  # the method depends only on the last assistant, which stays the same
         chain = prepared.chain.taught_by(plans)
         return replace(prepared, teachers=[chain.last()], chain=chain)

@@ -54,7 +54,11 @@ def check_output(folder: Path, *, force: bool, marked: bool = True) -> None:
 
 
 def write_report(report: Report, folder: Path, formats: Sequence[str], *, page: bool) -> list[Path]:
-    """Writes all files of a report in place of those of an earlier one, or none of them."""
+    """Writes all files of a report in place of those of an earlier one, or none of them.
+
+    Raises:
+        UnwritableFileError: If the disk refuses, naming the folder, which is then unchanged.
+    """
     return replace_files(folder, lambda beside: _write_files(report, beside, formats, page=page), _remove_earlier)
 
 

@@ -114,7 +114,11 @@ class RunDirectory:
         return None
 
     def require_own(self, path: Path, run: str | None) -> None:
-        """Checks that the id in one of its files, if there is one, is that of this run."""
+        """Checks that the id in one of its files, if there is one, is that of this run.
+
+        Raises:
+            DamagedFileError: Naming the file.
+        """
         try:
             record = self.provenance()
         except DamagedFileError:  # reported where it is needed

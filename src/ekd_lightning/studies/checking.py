@@ -45,7 +45,11 @@ _ALONE_IN_RECIPE = (
 
 
 def check_job(settings: Settings) -> Prepared:
-    """Checks a job as its run would be, silently: the run itself logs its warnings."""
+    """Checks a job as its run would be, silently: the run itself logs its warnings.
+
+    Raises:
+        UserError: What the run would be refused for.
+    """
     from ekd_lightning.pipeline.run import check_run  # noqa: PLC0415 (slow; a report needs none)
     from ekd_lightning.teachers.hardware import threads_as_before  # noqa: PLC0415
 

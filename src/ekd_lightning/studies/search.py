@@ -80,6 +80,9 @@ def tune(
         sampler_seed: Seed of the sampler.
         prune: Whether trials below the median are stopped early.
         storage: URL of a database for the trials, for several machines; None keeps them below `output`.
+
+    Raises:
+        UserError: For a user's mistake.
     """
     base = [*overrides, *([] if epochs is None else [f"recipe.epochs={epochs}"])]
     register_schema()

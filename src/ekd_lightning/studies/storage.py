@@ -143,7 +143,11 @@ def _open_journal(path: Path, create: Callable[..., optuna.Study]) -> optuna.Stu
 
 @contextlib.contextmanager
 def named_database(url: str | None) -> Iterator[None]:
-    """Turns errors of the database within the block into one line with its URL."""
+    """Turns errors of the database within the block into one line with its URL.
+
+    Raises:
+        UserError: If the database is damaged or its server cannot be reached.
+    """
     try:
         yield
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:

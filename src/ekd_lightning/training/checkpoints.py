@@ -70,7 +70,11 @@ class CheckpointWriter(CheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Reads a checkpoint onto the CPU, whatever `map_location` says, as `read_checkpoint`."""
+        """Reads a checkpoint onto the CPU, whatever `map_location` says, as `read_checkpoint`.
+
+        Raises:
+            UserError: If it is missing or damaged.
+        """
         self._writer.wait(Path(path))
         return read_checkpoint(Path(path), self._owner())
 
@@ -85,7 +89,11 @@ class CheckpointWriter(CheckpointIO):
 
 
 def write_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Writes a file for `torch.load` with its checksum in its zip comment; see `files.write_bytes`."""
+    """Writes a file for `torch.load` with its checksum in its zip comment; see `files.write_bytes`.
+
+    Raises:
+        UserError: If the disk refuses, naming the file, which is then unchanged.
+    """
     stream = io.BytesIO()
     torch.save(checkpoint, stream)
     stream.seek(-2, io.SEEK_END)  # a zip file ends with the length of its comment, here 0

@@ -190,7 +190,11 @@ class LinkTraining:
 
 
 def link_method(training: LinkTraining, num_teachers: int, *, seed: int, **known: Any) -> Method:
-    """Builds (1 - λ) CE + λ T² KL for a plain network; `known` are further attributes of the terms' context."""
+    """Builds (1 - λ) CE + λ T² KL for a plain network; `known` are further attributes of the terms' context.
+
+    Raises:
+        UserError: If an option of a term is impossible, or a teacher has no logits for the data's classes.
+    """
     context = TermContext(training.dataset.num_classes, num_branches=1, num_teachers=num_teachers, seed=seed, **known)
     return build_method("assistant", training.terms, context, temperature=training.temperature)
 
