@@ -265,11 +265,13 @@ def test_settings_that_nothing_records_are_not_invented():
     assert labels(one, other) == ["ekd", "ekd, settings not recorded"]
 
 
-def test_figures_of_a_group_are_over_its_runs():
+def test_figures_of_a_group_against_scipy():
     values = [0.61, 0.64, 0.6, 0.7]
     runs = [entry(result(accuracy=v, seed=s), f"{s}") for s, v in enumerate(values)]
     (one,) = group(collection(*runs))
     assert (one.accuracy.mean, one.accuracy.std) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
+    expected = stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
+    assert (one.accuracy.low, one.accuracy.high) == pytest.approx(expected)
     assert one.values("test_branch_accuracy", 1).mean == pytest.approx(np.mean(values) - 0.02)
     branches = [branch.mean for branch in one.per_item("test_branch_accuracy")]
     assert branches == pytest.approx(np.mean(values) - np.array([0.01, 0.02, 0.03]))
@@ -316,6 +318,13 @@ def test_what_is_no_number_has_no_cell(key):
     assert one.values(key) is None
     assert one.values(key, 7) is None
     assert one.values(key, "x") is None
+
+
+def test_null_and_nan_are_left_out():
+    runs = [entry(result(seed=s, sharpness_sam=v), f"{s}") for s, v in enumerate([None, float("nan"), 0.5])]
+    (one,) = group(collection(*runs))
+    found = one.values("sharpness_sam")
+    assert (found.n, found.half) == (1, None)
 
 
 def test_differences_are_paired_by_seed_and_corrected_over_the_block():

@@ -7,17 +7,20 @@ import io
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from made_runs import entry, result
 from omegaconf import DictConfig
 from rich.console import Console
+from scipy import stats
 
 from ekd_lightning.config import output
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import read_json, write_json
 from ekd_lightning.reporting import tables
 from ekd_lightning.reporting.blocks import block_of_rows, check_comparable
+from ekd_lightning.reporting.estimates import holm
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import RunState
 from ekd_lightning.studies.comparison import records, study_rows
@@ -71,8 +74,14 @@ def page(runs):
     return tables.markdown(study_rows(block(runs)), tables.STUDY)
 
 
-def test_rows_are_compared_with_the_plain_student_and_ekd():
+def test_differences_are_paired_by_seed_and_corrected_over_the_block():
     found = rows(study())
+    differences = np.array(ACCURACIES["kd_mean"]) - np.array(ACCURACIES["ce"])
+    raw = [stats.ttest_rel(ACCURACIES[name], ACCURACIES["ce"]).pvalue for name in ("kd_mean", "ekd")]
+    minus = found["kd_mean"].differences["ce"]
+    assert minus.mean == pytest.approx(differences.mean())
+    assert minus.p == pytest.approx(raw[0])
+    assert minus.p_holm == pytest.approx(holm(raw)[0])
     assert set(found["kd_mean"].differences) == {"ce", "ekd"}
     assert found["ekd"].differences["ekd"] is None
 

@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ekd_lightning.config.commands import print_next, report_command, trusting, typed
 from ekd_lightning.config.config import recorded_settings
@@ -83,22 +83,22 @@ def run_export(args: argparse.Namespace) -> bool:
             raise UserError(f"{word}: a finished run keeps its settings; you may set {', '.join(PLACES)}")
     if (args.run / STUDY_FILE).is_file():
         return _export_study(args)
-    record, result, card, failure = _export_run(args)
-    if result is not None:
-        _show(record, args.output or args.run / "export")
-        print(card)
-    if result is not None and not failure:
-        _print_accuracy(record, result)
+    made = _export_run(args)
+    if made.card is not None:
+        _show(made.record, args.output or args.run / "export")
+        print(made.card)
+    if made.card is not None and not made.failure:
+        _print_accuracy(made.record, made.result)
         if args.push:
             from ekd_lightning.networks.hub import push  # noqa: PLC0415 (slow; --help needs none)
 
             print(f"uploaded: {push(args.output or args.run / 'export', args.push)}")
         words = [typed(args.run), "--parts", "all", *trusting(args.overrides, args.trust)]
-        evaluate = [f"ekd-evaluate {' '.join(words)}"] if result.lacks_evaluation else []
+        evaluate = [f"ekd-evaluate {' '.join(words)}"] if made.result.lacks_evaluation else []
         print_next(*evaluate, report_command([args.run], args.run / "report"))
-    if failure:
-        print(f"{PROGRAM}: error: {failure}", file=sys.stderr)
-    return not failure
+    if made.failure:
+        print(f"{PROGRAM}: error: {made.failure}", file=sys.stderr)
+    return not made.failure
 
 
 def _export_study(args: argparse.Namespace) -> bool:
@@ -122,27 +122,39 @@ def _export_study(args: argparse.Namespace) -> bool:
             if seed is not None:
                 one = {**vars(args), "run": runs[seed].directory, "output": top / name}
                 try:
-                    record, _, _, failure = _export_run(argparse.Namespace(**one))
+                    made = _export_run(argparse.Namespace(**one))
+                    failure = made.failure
                 except UserError as error:
                     failure = str(error)
                 if failure:
                     print(f"{PROGRAM}: error: row {name}: {failure}", file=sys.stderr)
                     where = "failed"
                 else:
-                    test, where = f"{100 * record['test_metrics']['accuracy']:.2f}", typed(top / name)
+                    test, where = f"{100 * made.record['test_metrics']['accuracy']:.2f}", typed(top / name)
             failed += not test
             cells.append([name, "" if seed is None else str(seed), test, where])
     print_table(f"{top}: one student of each row", ("row", "seed", "test %", "folder"), cells, left=("row", "folder"))
     return not failed
 
 
-def _export_run(args: argparse.Namespace) -> tuple[dict[str, Any], Result | None, str | None, str | None]:
-    """Exports the student of a run.
+class _Exported(NamedTuple):
+    """What the export of a run's student made.
 
-    Returns:
-        The content of export.json, the run's result and the path of its model card (both None without any file), and
-        the line on a file that failed its check.
+    Attributes:
+        record: Content of export.json.
+        result: The run's.
+        card: The line on the model card; None if there is no file.
+        failure: The line on a file that failed its check; None if all passed.
     """
+
+    record: dict[str, Any]
+    result: Result
+    card: str | None
+    failure: str | None
+
+
+def _export_run(args: argparse.Namespace) -> _Exported:
+    """Exports the student of a run."""
     folder = args.output or args.run / "export"
     failure, card = None, None
     with session("data", "export"):
@@ -163,7 +175,7 @@ def _export_run(args: argparse.Namespace) -> tuple[dict[str, Any], Result | None
                 failure, record = str(error), export.read_export(folder) or {}
             if record.get("files"):
                 card = model_card.write_card(record, context.result, folder, license_id=args.license, force=args.force)
-    return record, context.result if card else None, card, failure
+    return _Exported(record, context.result, card, failure)
 
 
 def _options(args: argparse.Namespace) -> ExportOptions:
