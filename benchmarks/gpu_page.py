@@ -48,6 +48,7 @@ MANY = {
 }
 """Row -> its part."""
 SECTIONS = {
+    **{f"maps, {method}": f"maps under `method={method}`" for method in ("ekd", "camkd", "fitnet")},
     "command": "`ekd-train` as a command",
     "imports": "the time of imports",
     **{part: f"{row} at once" for row, part in MANY.items()},
@@ -62,9 +63,12 @@ def merged(files: list[dict[str, Any]]) -> dict[str, Any]:
     for other in later:
         found = {name: part for name, part in other["parts"].items() if part.get("result")}
         new = {name: part for name, part in found.items() if not parts.get(name, {}).get("result")}
-        if new:
-            parts |= new
-            also.append({"origin": other["origin"], "parts": [*new]})
+        parts |= new
+        # The later file may have filled its own gaps from others.
+        filled = {name: one["origin"] for one in other.get("also", []) for name in one["parts"]}
+        origins = {name: filled.get(name, other["origin"]) for name in new}
+        for origin in [one for n, one in enumerate(origins.values()) if one not in [*origins.values()][:n]]:
+            also.append({"origin": origin, "parts": [name for name in new if origins[name] == origin]})
     return {**first, "parts": parts, "also": also}
 
 
@@ -184,7 +188,7 @@ def _added(one: dict[str, Any]) -> str:
     """Says which parts were measured in another run of the script."""
     gpus = ", ".join(one["origin"]["hardware"]["gpus"]) or "no GPU"
     names = dict.fromkeys(SECTIONS.get(part, part) for part in one["parts"])
-    return f"Measured in another run of the script, on {gpus}, commit {_commit(one['origin'])}:\n{', '.join(names)}."
+    return f"Measured in another run of the script, on {gpus}, commit {_commit(one['origin'])}:\n{'; '.join(names)}."
 
 
 def page(found: dict[str, Any]) -> str:

@@ -102,6 +102,18 @@ def test_later_files_fill_gaps_and_say_where_they_were_made(page: ModuleType) ->
     assert "NVIDIA H100, commit 0123456789:\nprocesses at once." in text
 
 
+def test_parts_that_a_later_file_had_from_others_keep_their_origin(page: ModuleType) -> None:
+    origins = [ORIGIN | {"git": {"commit": letter * 40}} for letter in "abc"]
+    empty = found(plain={"images_per_second": 1.0}) | {"origin": origins[0]}
+    second = found(command={"cold": {}}, imports={"seconds": 1.0}) | {"origin": origins[1]}
+    third = found(many={"runs": {}}, streams={"runs": {"1": {}}}) | {"origin": origins[2]}
+    told = page.merged([empty, page.merged([second, third])])
+    assert [(one["origin"]["git"]["commit"][0], one["parts"]) for one in told["also"]] == [
+        ("b", ["command", "imports"]),
+        ("c", ["many", "streams"]),
+    ]
+
+
 def test_rates_between_two_moments_are_interpolated() -> None:
     shared = importlib.import_module("gpu_shared")
     times, images = [0.0, 1.0, 3.0, 9.0, 10.0], [0, 100, 300, 300, 400]  # it waits from 3 to 9

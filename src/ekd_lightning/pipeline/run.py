@@ -332,10 +332,16 @@ def _resume_point(settings: Settings, directory: Path) -> tuple[Path | None, int
 
 
 def _free_memory() -> None:
-    """Frees the memory of a run, for the next job of a sweep in the same process."""
+    """Frees the memory of a run, for the next job of a sweep in the same process.
+
+    Waits for the GPU first: if a process ends while its kernels run, as an interrupted one may, others that share the
+    GPU through NVIDIA's multi-process service can fail (its documentation, "Client Early Termination").
+    """
     gc.collect()
     if "torch._dynamo" in sys.modules:  # compiled teachers keep their weights
         torch.compiler.reset()
     if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        with contextlib.suppress(RuntimeError):  # after a fault of the GPU, which must not hide what the run raised
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
