@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import fields, replace
 
 import pytest
-from made_runs import result, write_run
+from made_runs import result
 
-from ekd_lightning.runs.directory import RunDirectory
 from ekd_lightning.runs.protocol import Protocol
 from ekd_lightning.runs.result import Result
 
@@ -45,14 +44,7 @@ def test_a_curve_over_fractions_has_the_rest_of_each_subset_or_the_same_images()
     assert family(0.1, 45_000, "a", "rest") != family(0.2, 40_000, "b", "rest", "unlabelled")
 
 
-def test_a_record_from_before_takes_both_from_its_configuration(tmp_path):
-    made = unlabelled(0.1, 45_000, "a", None)
-    old = {name: value for name, value in made.items() if name not in ("unlabelled_from", "epoch_over")}
-    assert Protocol.of(old).fits(Protocol.of(unlabelled(0.1, 45_000, "a", "rest")))
-    for words, kind, over in (({}, "rest", "labelled"), ({"data__epoch": "unlabelled"}, "rest", "unlabelled")):
-        run = write_run(tmp_path / over, old, data__unlabelled="rest", **words)
-        expected = Protocol.of(unlabelled(0.1, 45_000, "a", kind, over))
-        assert Protocol.of(RunDirectory(run).read_result()) == expected
+def test_a_record_without_unlabelled_images_used_none():
     plain = Protocol.of(result())
     assert (plain.unlabelled_from, plain.epoch_over) == ("none", "labelled")
     assert Protocol.of({**result(), "epoch_over": "labelled"}) == plain

@@ -17,7 +17,7 @@ import numpy as np
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import DamagedFileError, read_bytes, read_json, read_yaml
 from ekd_lightning.runs.lock import is_held
-from ekd_lightning.runs.result import NotAResultError, Result, complete
+from ekd_lightning.runs.result import NotAResultError, Result
 from ekd_lightning.runs.words import check_words
 
 FORMAT = 2
@@ -194,9 +194,9 @@ class RunDirectory:
         content = self._read(RESULT)
         if content is None:
             raise FileNotFoundError(self.path / RESULT)
-        fraction_is_rounded = content.pop("format", 1) == 1
-        with contextlib.suppress(DamagedFileError):
-            complete(content, lambda: self.section("data"), fraction_is_rounded=fraction_is_rounded)
+        if content.pop("format", 1) == 1:  # its fraction is rounded to whole images
+            with contextlib.suppress(DamagedFileError):
+                content["fraction"] = self.section("data").get("fraction") or content.get("fraction")
         try:
             return Result.of(content)
         except NotAResultError as error:

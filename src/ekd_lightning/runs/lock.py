@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -16,18 +17,13 @@ from typing import Any, NamedTuple
 
 from ekd_lightning.errors import UserError
 
-try:
-    import fcntl
-except ImportError:  # not a POSIX system: as on a file system without locks
-    fcntl = None  # type: ignore[assignment]
-
 log = logging.getLogger(__name__)
 
 LOCK_FILE = ".run.lock"
 _PATIENCE_SECONDS = 0.5  # `is_held` takes a free lock for an instant, which must refuse nobody
 _LONGEST_COMMAND = 200
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
-_OPEN_FLAGS = os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+_OPEN_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 """Flags that open a lock file; a link in its place is not followed, and a pipe does not block."""
 _open: set[int] = set()
 """File descriptors of all locks of this process. A forked child closes its copies, which would keep the locks held."""
@@ -85,10 +81,10 @@ class DirectoryLock:
 
     Args:
         directory: The directory.
-        patience: Seconds to wait for a lock that somebody else holds; None for half a second.
+        patience: Seconds to wait for a lock that somebody else holds.
     """
 
-    def __init__(self, directory: Path, *, patience: float | None = None) -> None:
+    def __init__(self, directory: Path, *, patience: float = _PATIENCE_SECONDS) -> None:
         self.directory = directory.absolute()  # the working directory may change
         self._patience = patience
         self._file: int | None = None
@@ -113,7 +109,7 @@ class DirectoryLock:
         if ahead is not None and ahead._owner == os.getpid():
             self._file, self._owner, self._made = ahead._file, ahead._owner, ahead._made
             return
-        until = time.monotonic() + (_PATIENCE_SECONDS if self._patience is None else self._patience)
+        until = time.monotonic() + self._patience
         while self._file is None:
             self._made += make_directory(self.directory)
             try:
@@ -140,7 +136,7 @@ class DirectoryLock:
     def _try(self, file: int) -> bool:
         """Locks an open lock file if it is free and still the directory's own."""
         try:
-            _flock(file, exclusive=True)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         except OSError as error:
@@ -204,7 +200,7 @@ def holder(directory: Path) -> Holder | None:
     except OSError:  # no file, or no lock file
         return None
     try:
-        _flock(file, exclusive=False)
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return None
     except BlockingIOError:
         return Holder.read(file)
@@ -254,17 +250,10 @@ def remove_empty(directories: list[Path]) -> None:
             path.rmdir()
 
 
-def _flock(file: int, *, exclusive: bool) -> None:
-    if fcntl is None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-    fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-
-
 def _close_in_child() -> None:
     while _open:
         with contextlib.suppress(OSError):
             os.close(_open.pop())
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_close_in_child)
+os.register_at_fork(after_in_child=_close_in_child)

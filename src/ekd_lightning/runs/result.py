@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any, TypedDict, get_type_hints
@@ -215,16 +215,3 @@ class Result(Mapping[str, Any]):
 @cache
 def _hints() -> dict[str, Any]:
     return {name: hint for name, hint in get_type_hints(Result).items() if name != "more"}
-
-
-def complete(record: dict[str, Any], data: Callable[[], Mapping[str, Any]], *, fraction_is_rounded: bool) -> None:
-    """Adds to the record of an earlier version what only the group `data` of its configuration has.
-
-    Version 0.1 recorded the fraction after rounding to whole images.
-    """
-    if fraction_is_rounded:
-        requested = data().get("fraction")
-        record["fraction"] = record.get("fraction") if requested is None else requested
-    if record.get("num_unlabelled_images") and "unlabelled_from" not in record and (group := data()):
-        record["unlabelled_from"] = "rest" if group.get("unlabelled") == "rest" else "own"
-        record["epoch_over"] = str(group.get("epoch", "labelled"))

@@ -124,16 +124,14 @@ class RunWriter(RunDirectory):
                 raise UserError(f"{path}: exists, and no run wrote it; give another {key}, or move the file")
         if overwrite:
             return
+        holds = "a finished run"
         try:
-            self.read_result()
+            with contextlib.suppress(ForeignRecordError):
+                self.read_result()
         except (FileNotFoundError, DamagedFileError):
             if not self.can_resume():
                 return
             holds = f"an unfinished run with checkpoints; resume={self.path} continues it"
-        except ForeignRecordError:
-            holds = "a finished run"
-        else:
-            holds = "a finished run"
         raise UserError(f"{self.path}: holds {holds}; give another {key}, or overwrite=true to replace it")
 
     def refuse_complete(self, epochs: int) -> None:
