@@ -18,7 +18,7 @@ from ekd_lightning import markdown as md
 from ekd_lightning.cli.report import main
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import DamagedFileError
-from ekd_lightning.reporting import figures
+from ekd_lightning.reporting import figures, study_pages
 from ekd_lightning.reporting.blocks import blocks
 from ekd_lightning.reporting.groups import group
 from ekd_lightning.reporting.report import make_report
@@ -76,6 +76,21 @@ def test_records_keep_what_runs_found_and_nothing_of_where_they_lay(runs: list[R
     again = write_records(read_records(path), tmp_path / "again")
     assert again[0].read_bytes() == path.read_bytes()
     assert [run.row for run in collect([path]).runs] == [run.row for run in read_records(path)]
+
+
+def test_a_run_that_was_continued_elsewhere_names_both_machines(tmp_path: Path) -> None:
+    gpu = HARDWARE | {"gpus": ["NVIDIA H200"], "hostname": "secret 2"}
+    made = row("ekd", (0.7, 0.71, 0.72))
+    for run, later in zip(made, ([], [HARDWARE], [gpu, HARDWARE]), strict=True):
+        resumed = [{"hardware": one, "packages": {"torch": "2.15.0"}, "command": ["secret"]} for one in later]
+        vars(run).update(provenance={**run.provenance, "hardware": gpu, **({"resumed": resumed} if later else {})})
+    (path,) = write_records(made, tmp_path)
+    assert "secret" not in path.read_text()
+    for runs in (made, read_records(path)):
+        assert study_pages.made_on(group(collection(*runs))) == (
+            "Made on 1 × NVIDIA H200, AMD EPYC (AVX512); 1 × NVIDIA H200, AMD EPYC (AVX512), then AMD EPYC (AVX512) "
+            "for `ekd` seed 1, 2: these rows differ from the others in the machine, too."
+        )
 
 
 def test_where_ekd_stands_is_what_scipy_says(runs: list[RunEntry]) -> None:

@@ -120,17 +120,20 @@ def machine(provenance: Mapping[str, Any]) -> str:
 
 
 def kind_of_machine(provenance: Mapping[str, Any]) -> str:
-    """The processor and the GPUs, which determine rounding, e.g. `1 × NVIDIA H100, AMD EPYC (AVX512)`."""
-    hardware = provenance.get("hardware") or {}
+    """The processor and the GPUs, which determine rounding, e.g. `1 × NVIDIA H100, AMD EPYC (AVX512)`.
+
+    A run that was resumed on another kind of machine names both: `A, then B`.
+    """
+    starts = (provenance, *(provenance.get("resumed") or ()))
+    return ", then ".join(dict.fromkeys(_kind(one.get("hardware") or {}) for one in starts))
+
+
+def _kind(hardware: Mapping[str, Any]) -> str:
     if not hardware:
         return "unknown hardware"
     gpus = Counter(hardware.get("gpus") or [])
-    return ", ".join(
-        [
-            *(f"{count} × {gpu}" for gpu, count in gpus.items()),
-            f"{hardware.get('cpu')} ({hardware.get('cpu_capability')})",
-        ]
-    )
+    processor = f"{hardware.get('cpu')} ({hardware.get('cpu_capability')})"
+    return ", ".join([*(f"{count} × {gpu}" for gpu, count in gpus.items()), processor])
 
 
 def _reference(block: Block, name: str | None) -> Group | None:

@@ -18,7 +18,7 @@ from ekd_lightning.errors import UserError
 from ekd_lightning.files import DamagedFileError, UnwritableFileError, distinct_name, move_folder, read_json, write_text
 from ekd_lightning.reporting import setups, tables
 from ekd_lightning.reporting.figure_style import COST_FIGURE, file_name
-from ekd_lightning.reporting.report import Report, summary
+from ekd_lightning.reporting.report import Report, kind_of_machine, summary
 from ekd_lightning.runs.collection import RECORDS, RunEntry, read_records, record_name
 from ekd_lightning.runs.lock import check_directory
 from ekd_lightning.runs.protocol import Protocol
@@ -170,13 +170,21 @@ def _record(run: RunEntry) -> dict[str, Any]:
             result[key] = [{k: one[k] for k in _TEACHER if k in one} for one in value or []]
         elif value is not None and (key in _KEPT_LISTS or not isinstance(value, list | dict)):
             result[key] = value
-    hardware, packages = run.provenance.get("hardware") or {}, run.provenance.get("packages") or {}
-    kept = {key: hardware.get(key) for key in ("cpu", "cpu_capability", "gpus", "threads")} if hardware else {}
-    provenance = {"hardware": kept, "packages": {"torch": packages.get("torch")}} if hardware else {}
+    provenance = _machine(run.provenance)
+    resumed = {**provenance, "resumed": [_machine(one) for one in run.provenance.get("resumed") or ()]}
+    if kind_of_machine(resumed) != kind_of_machine(provenance):
+        provenance = resumed
     config = setups.settings(run)
     if options := run.setting("student.options"):
         config |= {f"student.options.{key}": value for key, value in options.items()}
     return {"row": run.row, "time": run.time, "result": result, "config": config, "provenance": provenance}
+
+
+def _machine(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record keeps of a start: hardware and the version of PyTorch."""
+    hardware, packages = provenance.get("hardware") or {}, provenance.get("packages") or {}
+    kept = {key: hardware.get(key) for key in ("cpu", "cpu_capability", "gpus", "threads")}
+    return {"hardware": kept, "packages": {"torch": packages.get("torch")}} if hardware else {}
 
 
 def write_records(runs: Iterable[RunEntry], folder: Path) -> list[Path]:

@@ -213,8 +213,9 @@ def read_records(path: Path) -> list[RunEntry]:
             )
             row, study, decide = str(own["row"]), str(shared["study"]), shared.get("decide")
             hash(Protocol.of(result))
+            kinds: dict[str, Any] = {"time": str | None, "resumed": list[dict[str, Any]]}
             for key, value in {"time": own.get("time"), **provenance}.items():
-                if not is_of(value, str | None if key == "time" else dict[str, Any]):
+                if not is_of(value, kinds.get(key, dict[str, Any])):
                     raise ValueError(f"{key} is {value!r:.60}")
             name = record_name(study, row, result)
             name += f"-{sum(run.name.startswith(name) for run in runs)}" if any(r.name == name for r in runs) else ""
