@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,7 +115,7 @@ def _cost_panel(axes: Axes, groups: Sequence[Group], key: str, styles: LineStyle
         line: dict[str, Any] = {"color": fs.GREY, "linestyle": "--", "linewidth": 1, "label": "Pareto front"}
         axes.step(xs, [100 * y for y in ys], where="post", **line)
     costs = [_cost(group, key) for group in groups]
-    if max(costs) == min(costs):  # or the axis would zoom in on the distances of `beside`
+    if _nearly_equal(costs):  # or the axis would zoom in on differences that mean nothing
         axes.set_xlim(0, 2 * max(costs) or 1)
     for group, place in zip(groups, beside(costs), strict=True):
         value, known = accuracy(group), group.label in named
@@ -128,14 +129,24 @@ def _cost_panel(axes: Axes, groups: Sequence[Group], key: str, styles: LineStyle
     axes.set(xlabel=f"{what}, millions", ylabel=ACCURACY)
 
 
+def _nearly_equal(costs: Sequence[float]) -> bool:
+    return max(costs) - min(costs) <= 0.1 * max(costs)
+
+
 def beside(costs: Sequence[float]) -> list[float]:
-    """Places of points, with points of equal cost slightly beside each other."""
-    width = max(costs) - min(costs) or 2 * max(costs) or 1.0
-    places = []
-    for position, cost in enumerate(costs):
-        same = [at for at, other in enumerate(costs) if other == cost]
-        step = min(0.012, 0.08 / len(same)) * width
-        places.append(cost + step * (same.index(position) - (len(same) - 1) / 2))
+    """Places of points; those that would hide each other stand beside each other, around their mean cost."""
+    width = (2 * max(costs) if _nearly_equal(costs) else max(costs) - min(costs)) or 1.0
+    clusters: list[list[int]] = []
+    for position in sorted(range(len(costs)), key=lambda one: costs[one]):
+        if clusters and costs[position] - costs[clusters[-1][-1]] < 0.012 * width:
+            clusters[-1].append(position)
+        else:
+            clusters.append([position])
+    places = [0.0] * len(costs)
+    for cluster in clusters:
+        mean, step = statistics.fmean(costs[one] for one in cluster), min(0.012, 0.08 / len(cluster)) * width
+        for at, position in enumerate(cluster):
+            places[position] = mean + step * (at - (len(cluster) - 1) / 2)
     return places
 
 
