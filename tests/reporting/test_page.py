@@ -107,11 +107,10 @@ def test_everything_is_in_it(reader, rich_report):
     payload = json.loads(reader.content["payload"])
     details = json.loads(unpack(reader.content["details"]))
     assert len(payload["runs"]) == len(rich_report.collection.runs) == len(details)
-    assert {run["id"] for run in payload["runs"]} == set(details)
-    by_name = {run["name"]: details[run["id"]] for run in payload["runs"]}
-    assert "name: ekd" in by_name["ekd-f0.1-s0"]["config"]
+    assert {run["name"] for run in payload["runs"]} == set(details)
+    assert "name: ekd" in details["ekd-f0.1-s0"]["config"]
     for run in rich_report.collection.runs:
-        shown = by_name[run.name]["result"]
+        shown = details[run.name]["result"]
         assert shown == {} if run.result is None else shown["test_accuracy"] == run.result["test_accuracy"]
     in_groups = {run for group in payload["groups"] for run in group["runs"]}
     assert in_groups == set(details)

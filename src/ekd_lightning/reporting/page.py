@@ -31,18 +31,8 @@ from ekd_lightning.runs.directory import PROVENANCE
 from ekd_lightning.runs.protocol import Protocol
 
 _SCRIPTS = (
-    "base.js",
-    "table.js",
-    "filters.js",
-    "columns.js",
-    "rows.js",
-    "runs.js",
-    "chart_frame.js",
-    "charts_accuracy.js",
-    "charts_cost.js",
-    "charts_detail.js",
-    "charts_closer.js",
-    "page.js",
+    *("base.js", "table.js", "filters.js", "columns.js", "rows.js", "runs.js"),
+    *("chart_frame.js", "charts_accuracy.js", "charts_cost.js", "charts_detail.js", "charts_closer.js", "page.js"),
 )
 MAIN = "main"
 """Key of a block's own reference; other references have their labels as keys."""
@@ -81,15 +71,14 @@ def page(report: Report) -> str:
 
     compared = [answer for answer in report.answers if answer.findings][:_MOST_COLUMNS]
     shown = {finding.role for answer in compared for finding in answer.findings}
-    states = {state: report.collection.count(state) for state in STATES}
+    states = [f"{count:,} {state}" for state in STATES if (count := report.collection.count(state))]
     values = {
         "report": report,
-        "answers": report.answers,
         "compared": compared,
         "overview": overview(report, report.answers[0]) if len(report.answers) == 1 else [],
         "roles": {role: name for role, name in ROLES.items() if role in shown},
         "marks": _MARKS,
-        "states": ", ".join(f"{count:,} {state}" for state, count in states.items() if count),
+        "states": ", ".join(states),
         "settings": sum(1 for group in report.groups if group.n),
         "version": __version__,
         "css": _asset("page.css"),
@@ -113,25 +102,22 @@ def overview(report: Report, answer: Answer) -> list[dict[str, Any]]:
     subject = answer.subject
     if subject is None:
         return []
-    compared = {finding.other.label: finding for finding in reversed(answer.findings)}
-    roles = {label: [f.role for f in answer.findings if f.other.label == label] for label in compared}
-    ordered = sorted(
-        (row for row in report.rows[answer.block.key] if row.group.n), key=lambda row: -row.group.mean_accuracy
-    )
-    first = sorted(ordered, key=lambda row: row.group is not subject and row.group.label not in compared)
+    compared = {subject.label, *(finding.other.label for finding in answer.findings)}
+    done = [row for row in report.rows[answer.block.key] if row.group.n]
+    ordered = sorted(done, key=lambda row: -row.group.mean_accuracy)
+    first = sorted(ordered, key=lambda row: row.group.label not in compared)[:_MOST_OVERVIEW]
     shown = []
-    for row in (row for row in ordered if row in first[:_MOST_OVERVIEW]):
-        label = row.group.label
-        finding, difference = compared.get(label), row.differences.get(subject.label)
-        if finding:
-            difference = finding.difference
-        elif difference:  # of the setting minus EKD
+    for row in (row for row in ordered if row in first):
+        findings = [finding for finding in answer.findings if finding.other.label == row.group.label]
+        difference = findings[0].difference if findings else row.differences.get(subject.label)
+        if difference and not findings:  # of the setting minus EKD
             difference = replace(difference, mean=-difference.mean)
+        roles = listed([ROLES[finding.role] for finding in findings])
         shown.append(
             {
                 "group": row.group,
                 "subject": row.group is subject,
-                "words": listed([ROLES[role] for role in roles.get(label, ())]) or METHODS.get(row.group.method, ""),
+                "words": roles or METHODS.get(row.group.method, ""),
                 "accuracy": share(row.group.mean_accuracy),
                 "interval": _ends(row.group.accuracy, share),
                 "difference": points(difference.mean) if difference else "",
@@ -167,7 +153,6 @@ def pack(text: str) -> str:
 
 def payload(report: Report) -> dict[str, Any]:
     """The data of tables and charts as plain values, small enough for thousands of runs."""
-    ids = _ids(report)
     family_of = {block.key: position for position, own in enumerate(families(report.blocks)) for block in own}
     subjects = {answer.block.key: answer.subject.label for answer in report.answers if answer.subject}
     groups, names = [], []
@@ -175,34 +160,30 @@ def payload(report: Report) -> dict[str, Any]:
         found = _differences(block, report.reference.get(block.key))
         names += list(found)
         for one in block.groups:
+            of_block = {"id": f"{block.key}/{one.label}", "block": block.key, "family": family_of.get(block.key)}
             subject = one.label == subjects.get(block.key)
-            groups.append(_group(one, block, found, ids) | {"family": family_of.get(block.key), "subject": subject})
+            groups.append({**of_block, "subject": subject, **_group(one, found)})
     content = {
         "labels": report.ordered_labels,
         "references": _references(names, report.reference),
         "palette": {"light": LIGHT, "dark": DARK},
         "blocks": [{"key": block.key, "title": block.title} for block in report.blocks],
         "groups": groups,
-        "runs": [_run(run, ids[run.name]) for run in report.collection.runs],
+        "runs": [_run(run) for run in report.collection.runs],
     }
     return dict(plain(content))
 
 
 def records(report: Report) -> dict[str, Any]:
-    """The record of each run, by its id; unpacked when a reader opens one."""
-    ids = _ids(report)
+    """The record of each run, by its name; unpacked when a reader opens one."""
     return {
-        ids[run.name]: {
+        run.name: {
             "config": _text(run.on_disk.config_path),
             "result": {key: _short(value) for key, value in (run.result or {}).items()},
             "provenance": _text(run.on_disk.file(PROVENANCE)),
         }
         for run in report.collection.runs
     }
-
-
-def _ids(report: Report) -> dict[str, str]:
-    return {run.name: f"r{position}" for position, run in enumerate(report.collection.runs)}
 
 
 def _differences(block: Block, main: str | None) -> dict[str, tuple[str, dict[str, Difference]]]:
@@ -221,12 +202,8 @@ def _references(names: Sequence[str], main: Mapping[str, str]) -> list[dict[str,
     return [{"key": name, "text": text if name == MAIN else name, "many": many and name == MAIN} for name in others]
 
 
-def _group(
-    group: Group, block: Block, references: Mapping[str, tuple[str, Mapping[str, Difference]]], ids: Mapping[str, str]
-) -> dict[str, Any]:
+def _group(group: Group, references: Mapping[str, tuple[str, Mapping[str, Difference]]]) -> dict[str, Any]:
     return {
-        "id": f"{block.key}/{group.label}",
-        "block": block.key,
         "label": group.label,
         "setting": group.setting,
         "unlabelled": group.only("num_unlabelled_images") or 0,
@@ -240,7 +217,7 @@ def _group(
         "branches": group.num_branches,
         "n": group.n,
         "failed": sum(run.state == "failed" for run in group.others),
-        "runs": [ids[run.name] for run in (*group.runs, *group.duplicates)],
+        "runs": [run.name for run in (*group.runs, *group.duplicates)],
         "metrics": group.scalars(),
         "reference_of": [name for name, (label, _) in references.items() if label == group.label],
         "differences": {
@@ -252,11 +229,9 @@ def _group(
         "subsets": subsets(group),
         "exits": early_exits(group),
         "severity": group.per_item("corruption_accuracy_by_severity"),
-        "clean": group.values("corruption_clean_accuracy"),
         "corrupted": group.corrupted,
         "curves": {
-            name: [{"x": epoch, "figure": one} for epoch, one in points]
-            for name, points in details.curves(group).items()
+            name: [{"x": epoch, "figure": one} for epoch, one in line] for name, line in details.curves(group).items()
         },
         "reliability": _reliability(details.read_arrays(group)),
         "cka": _cka(group),
@@ -274,10 +249,7 @@ def plain(value: Any) -> Any:
     """A value for JSON: numbers with six digits, null for NaN and infinity, estimates and points as mappings."""
     if isinstance(value, Estimate):
         value = _figure(value)
-    elif isinstance(value, Point):
-        name = "branches" if isinstance(value.name, tuple) else "threshold"
-        value = {name: value.name} | {key: one for key, one in vars(value).items() if key != "name"}
-    elif isinstance(value, Bin):
+    elif isinstance(value, (Point, Bin)):
         value = vars(value)
     if isinstance(value, Mapping):
         return {key: plain(one) for key, one in value.items()}
@@ -297,18 +269,14 @@ def _reliability(arrays: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def _cka(group: Group) -> dict[str, Any] | None:
-    found = {
-        name: values.tolist()
-        for name, key in (("branch", "test_branch_cka"), ("teacher", "test_branch_teacher_cka"))
-        if (values := details.matrix(group, key)) is not None
-    }
+    keys = {"branch": "test_branch_cka", "teacher": "test_branch_teacher_cka"}
+    found = {name: values.tolist() for name, key in keys.items() if (values := details.matrix(group, key)) is not None}
     runs = sum(run.get("test_branch_cka") is not None for run in group.done)
     return {**found, "n": runs} if found else None
 
 
-def _run(run: RunEntry, key: str) -> dict[str, Any]:
+def _run(run: RunEntry) -> dict[str, Any]:
     return {
-        "id": key,
         "name": run.name,
         "state": run.state,
         "error": run.error and short_paths(run.error),

@@ -2,8 +2,10 @@
 
 const byId = (id) => document.getElementById(id);
 
-/** An element; attributes starting with "on" are listeners. Children are nodes or text, never markup. */
-function h(tag, attributes = {}, ...children) {
+/** An element, with attributes if `parts` begin with an object; those starting with "on" are listeners. Children are
+ *  nodes or text, never markup. */
+function h(tag, ...parts) {
+  const [attributes, ...children] = parts[0]?.constructor === Object ? parts : [{}, ...parts];
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
     if (value === null || value === undefined || value === false) continue;
@@ -13,6 +15,19 @@ function h(tag, attributes = {}, ...children) {
   element.append(...children.flat().filter((child) => child !== null && child !== undefined));
   return element;
 }
+
+const button = (text, onclick, more = {}) => h("button", { type: "button", ...more, onclick }, text);
+const linkTo = (text, onclick) => button(text, onclick, { class: "link" });
+/** A frame around a table that may be wider than the page. */
+const scrolling = (label, table) =>
+  h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": label }, table);
+/** A list to choose one of [value, text] from, with a label. */
+function choice(label, id, pairs, chosen, take) {
+  const options = pairs.map(([value, text]) => h("option", { value, selected: value === chosen }, text));
+  return h("label", label, h("select", { id, onchange: (event) => take(event.target.value) }, options));
+}
+/** Names and what they stand for. */
+const definitions = (pairs) => h("dl", pairs.flatMap(([name, value]) => [h("dt", name), h("dd", String(value))]));
 
 function svg(tag, attributes = {}, ...children) {
   const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
@@ -30,8 +45,7 @@ const signed = (value, digits) => minus((value >= 0 ? "+" : "") + value.toFixed(
 const FORMATS = {
   percent: (value) => minus((100 * value).toFixed(2)),
   points: (value) => signed(100 * value, 2),
-  plain: (value) =>
-    Math.abs(value) >= 1e-3 || value === 0 ? minus(value.toFixed(3)) : minus(value.toExponential(1)),
+  plain: (value) => minus(Math.abs(value) >= 1e-3 || value === 0 ? value.toFixed(3) : value.toExponential(1)),
   count: (value) => Math.round(value).toLocaleString("en-US"),
   millions: (value) => `${(value / 1e6).toFixed(2)} M`,
   bytes: (value) => (value >= 1e6 ? `${(value / 1e6).toFixed(1)} MB` : `${(value / 1e3).toFixed(0)} kB`),
@@ -54,8 +68,7 @@ const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.
 
 /** Unpacks gzip in base64. */
 async function unpack(text) {
-  if (typeof DecompressionStream === "undefined")
-    throw new Error("this browser cannot unpack it (no DecompressionStream)");
+  if (typeof DecompressionStream === "undefined") throw new Error("this browser cannot unpack it (no DecompressionStream)");
   const bytes = Uint8Array.from(atob(text.trim()), (letter) => letter.charCodeAt(0));
   return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
 }
@@ -63,12 +76,12 @@ async function unpack(text) {
 /** Marks a frame as long as it can be scrolled to the right. */
 function markScroll(frame) {
   const mark = () => {
-    const more = frame.scrollWidth - frame.clientWidth - frame.scrollLeft > 4;
+    const hidden = frame.scrollWidth - frame.clientWidth;
+    const more = hidden - frame.scrollLeft > 4;
+    const hint = frame.nextElementSibling?.classList.contains("hint") ? frame.nextElementSibling : null;
     frame.classList.toggle("more", more);
-    if (more && !frame.nextElementSibling?.classList.contains("hint"))
-      frame.after(h("p", { class: "hint" }, "Scroll sideways for more columns."));
-    if (frame.scrollWidth - frame.clientWidth <= 4 && frame.nextElementSibling?.classList.contains("hint"))
-      frame.nextElementSibling.remove();
+    if (more && !hint) frame.after(h("p", { class: "hint" }, "Scroll sideways for more columns."));
+    if (hidden <= 4) hint?.remove();
   };
   frame.addEventListener("scroll", mark, { passive: true });
   new ResizeObserver(mark).observe(frame);

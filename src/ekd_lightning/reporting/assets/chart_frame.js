@@ -26,23 +26,16 @@ const runsBehind = (numbers) => {
   return from === to ? `n = ${from}` : `n = ${from} to ${to}`;
 };
 
-/** Colour, marker and dash of a method, the same in all charts. */
-class LineStyles {
-  constructor(names, palette) {
-    this.names = names;
-    this.palette = palette;
-  }
-  at(name) {
-    const position = Math.max(0, this.names.indexOf(name));
-    const colours = this.palette[dark() ? "dark" : "light"];
-    const symbols = ["circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x", "star"];
-    const turn = Math.floor(position / colours.length);
-    return {
-      colour: colours[position % colours.length],
-      symbol: symbols[(position + turn) % symbols.length],
-      dash: ["solid", "dash", "dot", "dashdot"][turn % 4],
-    };
-  }
+/** Colour, marker and dash at a place in the order of methods, which is the same in all charts. */
+function lineStyleAt(position, palette) {
+  const colours = palette[dark() ? "dark" : "light"];
+  const symbols = ["circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x", "star"];
+  const turn = Math.floor(position / colours.length);
+  return {
+    colour: colours[position % colours.length],
+    symbol: symbols[(position + turn) % symbols.length],
+    dash: ["solid", "dash", "dot", "dashdot"][turn % 4],
+  };
 }
 
 function axis(title, more = {}) {
@@ -86,9 +79,7 @@ function layout(x, y, more = {}) {
 
 /** The axis of accuracies in percent: what is drawn, and never beyond what an accuracy can be. */
 function accuracyAxis(figures, title = "test accuracy, %") {
-  const [from, to] = [Math.min(...figures.map(low)), Math.max(...figures.map(high))].map(
-    (value) => 100 * value,
-  );
+  const [from, to] = [100 * Math.min(...figures.map(low)), 100 * Math.max(...figures.map(high))];
   const room = 0.04 * (to - from) + 0.1;
   return axis(title, { range: [Math.max(-0.5, from - room), Math.min(100.5, to + room)] });
 }
@@ -98,58 +89,65 @@ const curveName = (key) =>
   key.replace(/^val\//, "validation ").replace(/^train\//, "training ").replace("nll", "NLL");
 
 /** Light enough for dark text on every step, on light and dark ground. */
-const SHADES = [
-  [0, "#f4f1de"],
-  [0.5, "#a9d5c3"],
-  [1, "#4ea5c4"],
-];
+const SHADES = ["#f4f1de", "#a9d5c3", "#4ea5c4"].map((colour, at) => [at / 2, colour]);
 const ON_SHADES = "#191c20";
 
-/** A line through points with a band; points: {x, figure}. There is a band where there are enough runs for intervals. */
-function bandTraces(name, points, lineStyle, kind = "percent", hover = (point) => String(point.x)) {
-  const banded = points.filter((point) => known(point.figure.low));
-  const legend = inert(name);
+const points = (mode, name, x, y, more) => ({ type: "scatter", mode, name, x, y, ...more });
+/** A matrix as coloured cells with a text in each. */
+const heatMap = (x, y, z, scale, more) => ({
+  type: "heatmap",
+  x: x.map(String),
+  y: y.map(String),
+  z,
+  colorscale: SHADES,
+  textfont: { color: ON_SHADES },
+  xgap: 2,
+  ygap: 2,
+  colorbar: { title: { text: scale, side: "right" }, thickness: 12, outlinewidth: 0 },
+  ...more,
+});
+
+/** The values of a chart as a table; pairs: [name, figure]. */
+const valueTable = (first, pairs, kind = "percent", head = "Accuracy %") => ({
+  head: [first, head, "95 % interval", "n"],
+  rows: pairs.map(([name, figure]) => [
+    name,
+    format(figure.mean, kind),
+    known(figure.low) ? ends(figure, kind) : "too few runs",
+    String(figure.n),
+  ]),
+});
+
+/** A line through places {x, figure} with a band where there are enough runs for intervals; `hover` names a place. */
+function bandTraces(name, places, { colour, dash, symbol }, kind, hover) {
+  const banded = places.filter((place) => known(place.figure.low));
+  const legendgroup = inert(name);
   const scale = kind === "percent" ? 100 : 1;
-  const traces = [];
-  if (banded.length) {
-    traces.push({
-      type: "scatter",
-      mode: "lines",
-      line: { width: 0 },
-      fill: "toself",
-      fillcolor: fade(lineStyle.colour, dark() ? 0.22 : 0.15),
-      x: [...banded.map((p) => p.x), ...banded.map((p) => p.x).reverse()],
-      hoverinfo: "skip",
-      showlegend: false,
-      legendgroup: legend,
-      y: [
-        ...banded.map((p) => scale * high(p.figure)),
-        ...banded.map((p) => scale * low(p.figure)).reverse(),
-      ],
-    });
-  }
-  traces.push({
-    type: "scatter",
-    mode: points.length > 60 ? "lines" : "lines+markers",
-    name: legend,
-    legendgroup: legend,
-    x: points.map((p) => p.x),
-    y: points.map((p) => scale * p.figure.mean),
-    line: { color: lineStyle.colour, dash: lineStyle.dash, width: 2 },
-    marker: { color: lineStyle.colour, symbol: lineStyle.symbol, size: points.length > 15 ? 4 : 8 },
-    text: points.map(
-      (p) => `${legend}<br>${inert(hover(p))}: ${format(p.figure.mean, kind)} ${interval(p.figure, kind)}`,
-    ),
+  const xs = banded.map((place) => place.x);
+  const [tops, bottoms] = [high, low].map((end) => banded.map((place) => scale * end(place.figure)));
+  const band = points("lines", undefined, [...xs, ...[...xs].reverse()], [...tops, ...bottoms.reverse()], {
+    line: { width: 0 },
+    fill: "toself",
+    fillcolor: fade(colour, dark() ? 0.22 : 0.15),
+    hoverinfo: "skip",
+    showlegend: false,
+    legendgroup,
+  });
+  const told = (figure) => `${format(figure.mean, kind)} ${interval(figure, kind)}`;
+  const mode = places.length > 60 ? "lines" : "lines+markers";
+  const line = points(mode, legendgroup, places.map((p) => p.x), places.map((p) => scale * p.figure.mean), {
+    legendgroup,
+    line: { color: colour, dash, width: 2 },
+    marker: { color: colour, symbol, size: places.length > 15 ? 4 : 8 },
+    text: places.map((p) => `${legendgroup}<br>${inert(hover(p))}: ${told(p.figure)}`),
     hovertemplate: "%{text}<extra></extra>",
   });
-  return traces;
+  return banded.length ? [band, line] : [line];
 }
 
 /** Lines of a legend below a chart. */
 function legendLines(traces, width) {
-  const names = traces
-    .filter((trace) => trace.name && trace.showlegend !== false)
-    .map((trace) => trace.name.length);
+  const names = traces.filter((trace) => trace.name && trace.showlegend !== false).map((trace) => trace.name.length);
   if (!names.length) return 0;
   const beside = Math.max(1, Math.floor(width / (60 + 6.5 * Math.max(...names))));
   return Math.ceil(names.length / beside);
@@ -175,7 +173,7 @@ class ChartFrame {
     this.visible = false;
     this.plot = h("div", { class: "plot", id: `plot-${chart.id}` });
     this.caption = h("figcaption", { id: `caption-${chart.id}` });
-    this.values = h("details", {}, h("summary", {}, "Values"));
+    this.values = h("details", h("summary", "Values"));
     this.values.addEventListener("toggle", () => this.table());
     this.box = h(
       "figure",
@@ -234,38 +232,13 @@ class ChartFrame {
   table() {
     if (!this.values.open) return;
     const { head, rows } = this.built.table;
+    const cell = (text, at) => h(at ? "td" : "th", { scope: at ? null : "row" }, text);
     const table = h(
       "table",
-      {},
       h("caption", { class: "unseen" }, this.chart.title),
-      h(
-        "thead",
-        {},
-        h(
-          "tr",
-          {},
-          head.map((text) => h("th", { scope: "col", class: "plain" }, text)),
-        ),
-      ),
-      h(
-        "tbody",
-        {},
-        rows.map((row) =>
-          h(
-            "tr",
-            {},
-            row.map((cell, at) => h(at ? "td" : "th", { scope: at ? null : "row" }, cell)),
-          ),
-        ),
-      ),
+      h("thead", h("tr", head.map((text) => h("th", { scope: "col", class: "plain" }, text)))),
+      h("tbody", rows.map((row) => h("tr", row.map(cell)))),
     );
-    this.values.replaceChildren(
-      this.values.firstElementChild,
-      h(
-        "div",
-        { class: "scroll", tabindex: "0", role: "region", "aria-label": `Values of: ${this.chart.title}` },
-        table,
-      ),
-    );
+    this.values.replaceChildren(this.values.firstElementChild, scrolling(`Values of: ${this.chart.title}`, table));
   }
 }

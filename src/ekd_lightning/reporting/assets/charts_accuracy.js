@@ -5,39 +5,25 @@ const accuracy = (group) => group.metrics.test_accuracy;
 const measured = (groups) => groups.filter((group) => accuracy(group));
 const nOf = (groups) => runsBehind(groups.map((group) => accuracy(group).n));
 const cut = (all, what) =>
-  all.length > MOST_LINES
-    ? ` The first ${MOST_LINES} of ${all.length} ${what} are drawn: filter to see others.`
-    : "";
-const valueRow = (name, figure) => [
-  name,
-  (100 * figure.mean).toFixed(2),
-  known(figure.low) ? ends(figure, "percent") : "too few runs",
-  String(figure.n),
-];
+  all.length > MOST_LINES ? ` The first ${MOST_LINES} of ${all.length} ${what} are drawn: filter to see others.` : "";
 
 function byFraction({ groups, lineStyle }) {
   const lines = new Map();
   for (const group of measured(groups)) {
     if (!lines.has(group.label)) lines.set(group.label, []);
-    if (!lines.get(group.label).some((one) => one.fraction === group.fraction))
-      lines.get(group.label).push(group);
+    if (!lines.get(group.label).some((one) => one.fraction === group.fraction)) lines.get(group.label).push(group);
   }
-  const drawn = [...lines].filter(([, own]) => new Set(own.map((one) => one.fraction)).size > 1);
+  const drawn = [...lines.values()].filter((own) => own.length > 1);
   if (!drawn.length) return { missing: "accuracy against images (needs one method at two fractions)" };
-  const kept = drawn.slice(0, MOST_LINES);
-  const ticks = distinct(kept.flatMap(([, own]) => own.map((one) => one.fraction)));
-  const images = new Map(kept.flatMap(([, own]) => own.map((one) => [one.fraction, one.images])));
-  const traces = kept.flatMap(([name, own]) =>
-    bandTraces(
-      name,
-      own
-        .sort((a, b) => a.fraction - b.fraction)
-        .map((one) => ({ x: 100 * one.fraction, figure: accuracy(one) })),
-      lineStyle(own[0]),
-      "percent",
-      (point) => `${Number(point.x.toPrecision(4))} % of the images`,
-    ),
-  );
+  const kept = drawn.slice(0, MOST_LINES).map((own) => own.sort((a, b) => a.fraction - b.fraction));
+  const all = kept.flat();
+  const ticks = distinct(all.map((one) => one.fraction));
+  const images = new Map(all.map((one) => [one.fraction, one.images]));
+  const hover = (place) => `${Number(place.x.toPrecision(4))} % of the images`;
+  const traces = kept.flatMap((own) => {
+    const places = own.map((one) => ({ x: 100 * one.fraction, figure: accuracy(one) }));
+    return bandTraces(own[0].label, places, lineStyle(own[0]), "percent", hover);
+  });
   return {
     traces,
     layout: layout(
@@ -46,15 +32,13 @@ function byFraction({ groups, lineStyle }) {
         tickvals: ticks.map((f) => 100 * f),
         ticktext: ticks.map((f) => share(f, images.get(f)).replace(" %", "")),
       }),
-      accuracyAxis(kept.flatMap(([, own]) => own.map(accuracy))),
+      accuracyAxis(all.map(accuracy)),
     ),
-    caption: `${meansOf(kept.flatMap(([, own]) => own.map(accuracy)), "band")}, ${nOf(kept.flatMap(([, own]) => own))}.${cut(drawn, "methods")}`,
-    table: {
-      head: ["Method, images", "Accuracy %", "95 % interval", "n"],
-      rows: kept.flatMap(([name, own]) =>
-        own.map((one) => valueRow(`${name}, ${share(one.fraction, one.images)}`, accuracy(one))),
-      ),
-    },
+    caption: `${meansOf(all.map(accuracy), "band")}, ${nOf(all)}.${cut(drawn, "methods")}`,
+    table: valueTable(
+      "Method, images",
+      all.map((one) => [`${one.label}, ${share(one.fraction, one.images)}`, accuracy(one)]),
+    ),
   };
 }
 
@@ -69,60 +53,54 @@ function byCounts({ block }) {
     .sort((a, b) => b.length - a.length)[0];
   if (!best) return { missing: "teachers × branches (needs one method with several counts)" };
   const [teachers, branches] = [distinct(best.map((g) => g.teachers)), distinct(best.map((g) => g.branches))];
-  const at = (m, k) => best.find((g) => g.teachers === m && g.branches === k);
-  const cells = teachers.flatMap((m) => branches.map((k) => ({ m, k, group: at(m, k) })));
-  const text = ({ group }) =>
-    group
-      ? `<b>${(100 * accuracy(group).mean).toFixed(2)}</b><br>${known(accuracy(group).low) ? ends(accuracy(group), "percent") : "too few runs"}<br>n = ${accuracy(group).n}`
-      : "";
+  const cells = teachers.flatMap((m) =>
+    branches.map((k) => ({ m, k, group: best.find((g) => g.teachers === m && g.branches === k) })).filter((c) => c.group),
+  );
+  const matrix = (write, empty) =>
+    teachers.map((m) =>
+      branches.map((k) => {
+        const at = cells.findIndex((cell) => cell.m === m && cell.k === k);
+        return at < 0 ? empty : write(cells[at], at);
+      }),
+    );
+  const values = valueTable("M, K", cells.map((c) => [`M = ${c.m}, K = ${c.k}`, accuracy(c.group)]));
+  const text = (cell, at) => {
+    const [, mean, interval, n] = values.rows[at];
+    return `<b>${mean}</b><br>${interval}<br>n = ${n}`;
+  };
   return {
     traces: [
-      {
-        type: "heatmap",
-        x: branches.map(String),
-        y: teachers.map(String),
-        colorscale: SHADES,
-        textfont: { color: ON_SHADES },
-        xgap: 2,
-        ygap: 2,
-        z: teachers.map((m) => branches.map((k) => (at(m, k) ? 100 * accuracy(at(m, k)).mean : null))),
-        text: teachers.map((m) =>
-          branches.map((k) => text(cells.find((cell) => cell.m === m && cell.k === k))),
-        ),
+      heatMap(branches, teachers, matrix((cell) => 100 * accuracy(cell.group).mean, null), "accuracy, %", {
+        text: matrix(text, ""),
         texttemplate: "%{text}",
         hovertemplate: "M = %{y}, K = %{x}<br>%{text}<extra></extra>",
         hoverongaps: false,
-        colorbar: { title: { text: "accuracy, %", side: "right" }, thickness: 12, outlinewidth: 0 },
-      },
+      }),
     ],
     layout: layout(axis("branches K", { type: "category" }), axis("teachers M", { type: "category" }), {
       margin: { l: 50, r: 10, t: 34, b: 46 },
     }),
     caption: `${best[0].grid}: mean, 95 % interval, n. Empty: no run is done.`,
-    table: {
-      head: ["M, K", "Accuracy %", "95 % interval", "n"],
-      rows: cells.filter((c) => c.group).map((c) => valueRow(`M = ${c.m}, K = ${c.k}`, accuracy(c.group))),
-    },
+    table: values,
   };
 }
 
 function differences({ block, lineStyle, reference }) {
-  const to = block.find((group) => group.differences[reference])?.differences[reference].to || "a reference";
-  const have = block.filter((group) => group.differences[reference]);
-  if (!have.length) return { missing: `differences (no setting shares a seed with ${to})` };
-  const sure = have
-    .filter((group) => known(group.differences[reference].low))
-    .sort((a, b) => a.differences[reference].mean - b.differences[reference].mean);
-  const unsure = have.length - sure.length;
+  const against = (group) => group.differences[reference];
+  const have = block.filter(against);
+  if (!have.length) return { missing: "differences (no setting shares a seed with a reference)" };
+  const { to } = against(have[0]);
+  const sure = have.filter((group) => known(against(group).low)).sort((a, b) => against(a).mean - against(b).mean);
   if (!sure.length) return { missing: `differences from ${to} (too few runs: an interval needs three pairs)` };
-  const names = sure.map((group) => inert(group.label));
-  const values = sure.map((group) => group.differences[reference]);
+  const unsure = have.filter((group) => !sure.includes(group)).map((group) => group.label);
+  const values = sure.map(against);
+  const table = valueTable("Setting", sure.map((g) => [g.label, against(g)]), "points", `− ${to}, points`);
   return {
     traces: [
       {
         type: "bar",
         orientation: "h",
-        y: names,
+        y: sure.map((group) => inert(group.label)),
         x: values.map((d) => 100 * d.mean),
         marker: { color: sure.map((g) => fade(lineStyle(g).colour, 0.75)) },
         error_x: bars(values, style("--ink")),
@@ -132,37 +110,16 @@ function differences({ block, lineStyle, reference }) {
       },
     ],
     layout: layout(
-      axis(`points above ${inert(to)}`, {
-        zeroline: true,
-        zerolinecolor: style("--edge"),
-        zerolinewidth: 1.5,
-      }),
+      axis(`points above ${inert(to)}`, { zeroline: true, zerolinecolor: style("--edge"), zerolinewidth: 1.5 }),
       axis("", { type: "category", showgrid: false }),
-      {
-        height: Math.max(220, 90 + 26 * sure.length),
-        showlegend: false,
-        margin: { l: 110, r: 14, t: 34, b: 46 },
-      },
+      { height: Math.max(220, 90 + 26 * sure.length), showlegend: false, margin: { l: 110, r: 14, t: 34, b: 46 } },
     ),
     caption:
       `Mean difference paired by seed with its 95 % interval, ${runsBehind(values.map((d) => d.n))}.` +
-      (unsure
-        ? ` Too few runs for an interval: ${have
-            .filter((g) => !sure.includes(g))
-            .map((g) => g.label)
-            .join(", ")}.`
-        : ""),
+      (unsure.length ? ` Too few runs for an interval: ${unsure.join(", ")}.` : ""),
     table: {
-      head: ["Setting", `− ${to}, points`, "95 % interval", "n", "p (Holm)"],
-      rows: [...sure]
-        .reverse()
-        .map((g) => [
-          g.label,
-          format(g.differences[reference].mean, "points"),
-          ends(g.differences[reference], "points"),
-          String(g.differences[reference].n),
-          pValue(g.differences[reference].p),
-        ]),
+      head: [...table.head, "p (Holm)"],
+      rows: table.rows.map((row, at) => [...row, pValue(values[at].p)]).reverse(),
     },
   };
 }

@@ -4,28 +4,22 @@
 function partTrace(have, place, { name, symbol, size, colour, pick, part = null }) {
   const some = have.filter((group) => pick(group));
   const figures = some.map(pick);
-  const hoverText = (f, at) =>
-    `${inert(some[at].label)}<br>${name}: ${format(f.mean, "percent")} % ${interval(f)}`;
-  return {
-    type: "scatter",
-    mode: "markers",
-    name,
-    y: some.map((group) => place(group, part)),
-    x: figures.map((f) => 100 * f.mean),
+  const hoverText = (f, at) => `${inert(some[at].label)}<br>${name}: ${format(f.mean, "percent")} % ${interval(f)}`;
+  return points("markers", name, figures.map((f) => 100 * f.mean), some.map((group) => place(group, part)), {
     error_x: bars(figures, colour),
     marker: { symbol, size, color: colour, line: { width: 1, color: colour } },
     text: figures.map(hoverText),
     hovertemplate: "%{text}<extra></extra>",
-  };
+  });
 }
 
-function partsOf(have, lineStyle) {
+function partsOf(have, palette) {
   const most = Math.max(...have.map((group) => group.branch_accuracy.length));
   const single = Array.from({ length: most }, (_, k) => ({
     name: `branch ${k}`,
     symbol: ["circle", "square", "triangle-up", "cross"][k % 4],
     size: 6,
-    colour: lineStyle({ branch: k }).colour,
+    colour: lineStyleAt(k, palette).colour,
     pick: (group) => group.branch_accuracy[k],
     part: k,
   }));
@@ -42,11 +36,11 @@ function partsOf(have, lineStyle) {
   ];
 }
 
-function branches({ block, lineStyle }) {
+function branches({ block, palette }) {
   const all = block.filter((group) => group.branch_accuracy.length > 1);
   if (!all.length) return { missing: "accuracy of branches (no student has several)" };
   const have = all.slice(0, 2 * MOST_LINES);
-  const parts = partsOf(have, lineStyle);
+  const parts = partsOf(have, palette);
   const aside = (group, part) => (0.5 * (part - (group.branch_accuracy.length - 1) / 2)) / (parts.length - 2);
   const place = (group, part = null) => -have.indexOf(group) - (part === null ? 0 : aside(group, part));
   const shown = have.flatMap((group) =>
@@ -66,10 +60,7 @@ function branches({ block, lineStyle }) {
     caption:
       `${meansOf(have.map(accuracy))}, ${nOf(have)}.` +
       (all.length > have.length ? ` The first ${have.length} of ${all.length} settings.` : ""),
-    table: {
-      head: ["Setting, part", "Accuracy %", "95 % interval", "n"],
-      rows: shown.map(([name, figure]) => valueRow(name, figure)),
-    },
+    table: valueTable("Setting, part", shown),
   };
 }
 
@@ -79,59 +70,47 @@ function learning({ block, lineStyle, curve }) {
   if (!all.length) return { missing: "learning curves (no metrics.csv with two epochs)" };
   const have = all.slice(0, MOST_LINES);
   const kind = key.endsWith("accuracy") ? "percent" : "plain";
-  const points = (group) => group.curves[key];
-  const last = have.map((group) => points(group).at(-1).figure);
+  const figures = have.flatMap((group) => group.curves[key].map((place) => place.figure));
+  const last = have.map((group) => group.curves[key].at(-1).figure);
   return {
     traces: have.flatMap((group) =>
-      bandTraces(group.label, points(group), lineStyle(group), kind, (point) => `epoch ${point.x}`),
+      bandTraces(group.label, group.curves[key], lineStyle(group), kind, (place) => `epoch ${place.x}`),
     ),
     layout: layout(
       axis("epoch"),
-      kind === "percent"
-        ? accuracyAxis(
-            have.flatMap((g) => points(g).map((p) => p.figure)),
-            `${curveName(key)}, %`,
-          )
-        : axis(curveName(key)),
+      kind === "percent" ? accuracyAxis(figures, `${curveName(key)}, %`) : axis(curveName(key)),
     ),
     caption: `${meansOf(last, "band")}, ${runsBehind(last.map((f) => f.n))}.${cut(all, "settings")}`,
-    table: {
-      head: ["Setting, last epoch", key, "95 % interval", "n"],
-      rows: have.map((g, at) => [
-        g.label,
-        format(last[at].mean, kind),
-        known(last[at].low) ? ends(last[at], kind) : "too few runs",
-        String(last[at].n),
-      ]),
-    },
+    table: valueTable("Setting, last epoch", have.map((group, at) => [group.label, last[at]]), kind, key),
   };
 }
 
 function corruptions({ block, lineStyle }) {
-  const measured = block.filter((group) => group.severity.length);
-  if (!measured.length) return { missing: "corruptions (no run was evaluated on corrupted images)" };
+  const shifted = block.filter((group) => group.severity.length);
+  if (!shifted.length) return { missing: "corruptions (no run was evaluated on corrupted images)" };
   // Only settings evaluated on the same images share the axes: the kind of images that most settings have.
-  const kinds = distinct(measured.map((group) => group.corrupted));
-  const ofKind = (kind) => measured.filter((group) => group.corrupted === kind);
+  const kinds = distinct(shifted.map((group) => group.corrupted));
+  const ofKind = (kind) => shifted.filter((group) => group.corrupted === kind);
   const all = kinds.map(ofKind).reduce((most, some) => (some.length > most.length ? some : most));
-  const others = measured.length - all.length;
+  const others = shifted.length - all.length;
   const have = all.slice(0, MOST_LINES);
-  const clean = (group) => (group.clean ? [{ x: 0, figure: group.clean }] : []);
-  const points = (group) => [...clean(group), ...group.severity.map((figure, at) => ({ x: at + 1, figure }))];
+  const first = have.map((group) => group.severity[0]);
+  const places = (group) =>
+    [group.metrics.corruption_clean_accuracy, ...group.severity].map((figure, x) => ({ x, figure })).filter(({ figure }) => figure);
+  const hover = ({ x }) => (x ? `severity ${x}` : "clean images");
   return {
-    traces: have.flatMap((group) =>
-      bandTraces(group.label, points(group), lineStyle(group), "percent", (point) =>
-        point.x ? `severity ${point.x}` : "clean images",
-      ),
-    ),
+    traces: have.flatMap((group) => bandTraces(group.label, places(group), lineStyle(group), "percent", hover)),
     layout: layout(
       axis("severity (0: clean)", { dtick: 1 }),
-      accuracyAxis(have.flatMap((g) => points(g).map((p) => p.figure))),
+      accuracyAxis(have.flatMap((g) => places(g).map((p) => p.figure))),
     ),
-    caption: `Mean over corruptions. ${meansOf(have.map((g) => g.severity[0]), "band")}, ${runsBehind(have.map((g) => g.severity[0].n))}; ${have[0].corrupted}.${others ? ` Not drawn: ${others} evaluated on other images.` : ""}${cut(all, "settings")}`,
-    table: {
-      head: ["Setting, severity", "Accuracy %", "95 % interval", "n"],
-      rows: have.flatMap((g) => points(g).map((p) => valueRow(`${g.label}, ${p.x}`, p.figure))),
-    },
+    caption:
+      `Mean over corruptions. ${meansOf(first, "band")}, ${runsBehind(first.map((f) => f.n))}; ${have[0].corrupted}.` +
+      (others ? ` Not drawn: ${others} evaluated on other images.` : "") +
+      cut(all, "settings"),
+    table: valueTable(
+      "Setting, severity",
+      have.flatMap((g) => places(g).map(({ x, figure }) => [`${g.label}, ${x}`, figure])),
+    ),
   };
 }

@@ -25,20 +25,10 @@ const THEMES = {
   diversity: [
     "Heterogeneity",
     [
-      [
-        "test_disagreement",
-        "Disagreement",
-        "share of images on which two branches differ, mean over pairs",
-        "plain",
-      ],
+      ["test_disagreement", "Disagreement", "share of images on which two branches differ, mean over pairs", "plain"],
       ["test_ambiguity", "Ambiguity", "mean branch NLL minus NLL of their geometric mean, in nats", "plain"],
       ["test_pairwise_js", "JS", "Jensen-Shannon divergence of the branches, in nats", "plain"],
-      [
-        "test_q_statistic",
-        "Q",
-        "Yule's Q of correct answers, mean over pairs: lower is more diverse",
-        "plain",
-      ],
+      ["test_q_statistic", "Q", "Yule's Q of correct answers, mean over pairs: lower is more diverse", "plain"],
       ["test_error_correlation", "Error corr.", "correlation of correct answers, mean over pairs", "plain"],
       [
         "test_own_teacher_cka_margin",
@@ -80,12 +70,7 @@ const THEMES = {
       ["gap_nll", "NLL gap", "test minus training NLL, in nats", "plain"],
       ["sharpness_sam", "SAM sharpness", "rise of the loss at radius 0.05", "plain"],
       ["sharpness_adaptive", "Adaptive sharpness", "rise of the loss at adaptive radius 0.5", "plain"],
-      [
-        "loss_rise_at_half",
-        "Rise at ½",
-        "rise of the loss half way along filter-normalised directions",
-        "plain",
-      ],
+      ["loss_rise_at_half", "Rise at ½", "rise of the loss half way along filter-normalised directions", "plain"],
     ],
   ],
   cost: [

@@ -39,24 +39,12 @@ class Filters {
       ...FILTERS.map(({ key, label, text }) => {
         const values = distinct(this.groups.map((group) => group[key]).filter(known));
         if (values.length < 2) return "";
-        return h(
-          "fieldset",
-          {},
-          h("legend", {}, label),
-          h(
-            "div",
-            { class: "pills" },
-            values.map((value) => {
-              const checked = this.chosen[key].has(String(value));
-              return h(
-                "label",
-                { class: "pill" },
-                h("input", { type: "checkbox", name: key, value, checked }),
-                h("span", {}, text(value)),
-              );
-            }),
-          ),
-        );
+        const pills = values.map((value) => {
+          const checked = this.chosen[key].has(String(value));
+          const box = h("input", { type: "checkbox", name: key, value, checked });
+          return h("label", { class: "pill" }, box, h("span", text(value)));
+        });
+        return h("fieldset", h("legend", label), h("div", { class: "pills" }, pills));
       }),
     );
   }
@@ -88,8 +76,7 @@ class Filters {
 
   write() {
     const to = new URLSearchParams();
-    for (const [key, values] of Object.entries(this.chosen))
-      for (const value of values) to.append(key, value);
+    for (const [key, values] of Object.entries(this.chosen)) for (const value of values) to.append(key, value);
     if (this.words) to.set("find", this.words);
     try {
       history.replaceState(null, "", `#${to}`);
@@ -114,10 +101,7 @@ class Filters {
       if (values.size && !values.has(String(one[key]))) return false;
     }
     if (!this.words) return true;
-    const all = one.text;
-    return this.words
-      .toLowerCase()
-      .split(/\s+/)
-      .every((word) => all.includes(word));
+    const words = this.words.toLowerCase().split(/\s+/);
+    return words.every((word) => one.text.includes(word));
   }
 }

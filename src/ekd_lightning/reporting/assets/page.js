@@ -6,14 +6,7 @@ for (const group of payload.groups) group.text = lower(group.label, group.method
 for (const run of payload.runs)
   run.text = lower(run.name, run.method, run.student, run.data, run.state, run.error);
 
-const lineStyles = new LineStyles(payload.labels, payload.palette);
-const lineStyle = (group) =>
-  "branch" in group
-    ? new LineStyles(
-        Array.from({ length: 64 }, (_, at) => at),
-        payload.palette,
-      ).at(group.branch)
-    : lineStyles.at(group.label);
+const lineStyle = (group) => lineStyleAt(Math.max(0, payload.labels.indexOf(group.label)), payload.palette);
 const runs = new Runs(payload, byId("details").textContent);
 const rows = new Rows(payload, (run) => runs.open(run));
 const frames = CHARTS.map(
@@ -26,24 +19,11 @@ const chosen = { block: null, row: null, cost: "macs", curve: "val/accuracy" };
 let shown = [];
 
 function select(label, key, pairs) {
-  return pairs.length < 2
-    ? ""
-    : h(
-        "label",
-        {},
-        label,
-        h(
-          "select",
-          {
-            id: `choose-${key}`,
-            onchange: (event) => {
-              chosen[key] = event.target.value;
-              charts();
-            },
-          },
-          pairs.map(([value, text]) => h("option", { value, selected: value === chosen[key] }, text)),
-        ),
-      );
+  const choose = (value) => {
+    chosen[key] = value;
+    charts();
+  };
+  return pairs.length < 2 ? "" : choice(label, `choose-${key}`, pairs, chosen[key], choose);
 }
 
 function charts() {
@@ -57,25 +37,10 @@ function charts() {
   const curves = distinct(block.flatMap((group) => Object.keys(group.curves)));
   const focus = document.activeElement?.id;
   byId("chart-tools").replaceChildren(
-    select(
-      "Data and images",
-      "block",
-      blocks.map(({ key, title }) => [key, title]),
-    ),
-    select(
-      "Details of",
-      "row",
-      block.map((group) => [group.id, group.label]),
-    ),
-    select("Cost", "cost", [
-      ["macs", "multiply-accumulates"],
-      ["parameters", "parameters"],
-    ]),
-    select(
-      "Curve",
-      "curve",
-      curves.map((name) => [name, curveName(name)]),
-    ),
+    select("Data and images", "block", blocks.map(({ key, title }) => [key, title])),
+    select("Details of", "row", block.map((group) => [group.id, group.label])),
+    select("Cost", "cost", Object.entries({ macs: "multiply-accumulates", parameters: "parameters" })),
+    select("Curve", "curve", curves.map((name) => [name, curveName(name)])),
   );
   if (focus?.startsWith("choose-")) byId(focus)?.focus();
   const view = {
@@ -83,6 +48,7 @@ function charts() {
     block,
     row: block.find((group) => group.id === chosen.row),
     lineStyle,
+    palette: payload.palette,
     reference: rows.reference,
     cost: chosen.cost,
     curve: chosen.curve,
@@ -94,18 +60,13 @@ function charts() {
 /** The settings of the answer and the references first, then by accuracy: charts with little room show these. */
 function byInterest(groups) {
   const rank = (group) => (group.subject ? 0 : group.reference_of.includes(rows.reference) ? 1 : 2);
-  return [...groups].sort(
-    (a, b) => rank(a) - rank(b) || b.metrics.test_accuracy.mean - a.metrics.test_accuracy.mean,
-  );
+  return [...groups].sort((a, b) => rank(a) - rank(b) || accuracy(b).mean - accuracy(a).mean);
 }
 
 /** The setting that represents EKD if there is one, else the one with most details on record. */
 function mostDetailed(block) {
-  const richness = (group) =>
-    (group.cka ? 2 : 0) +
-    (group.reliability ? 1 : 0) +
-    (group.method === "ekd" ? 0.5 : 0) +
-    (group.subject ? 4 : 0);
+  const richness = ({ cka, reliability, method, subject }) =>
+    (cka ? 2 : 0) + (reliability ? 1 : 0) + (method === "ekd" ? 0.5 : 0) + (subject ? 4 : 0);
   return [...block].sort((a, b) => richness(b) - richness(a))[0];
 }
 
@@ -127,9 +88,6 @@ rows.onchange = charts;
 function themed() {
   const on = dark();
   byId("theme").setAttribute("aria-pressed", String(on));
-  for (const frame of frames) {
-    frame.stale = true;
-  }
   charts();
 }
 byId("theme").addEventListener("click", () => setTheme(dark() ? "light" : "dark"));

@@ -34,15 +34,9 @@ function track(figure, low, high) {
     svg("line", { class: "axis", x1: 0, x2: 144, y1: 10, y2: 10 }),
   );
   if (known(figure.low)) {
-    const [from, to] = [
-      Math.max(0, at(figure.low)),
-      Math.min(144, at(figure.high)),
-    ];
-    picture.append(svg("line", { x1: from, x2: to, y1: 10, y2: 10 }));
+    picture.append(svg("line", { x1: Math.max(0, at(figure.low)), x2: Math.min(144, at(figure.high)), y1: 10, y2: 10 }));
   }
-  picture.append(
-    svg("circle", { class: known(figure.low) ? "" : "alone", cx: at(figure.mean), cy: 10, r: 4 }),
-  );
+  picture.append(svg("circle", { class: known(figure.low) ? "" : "alone", cx: at(figure.mean), cy: 10, r: 4 }));
   return picture;
 }
 
@@ -50,7 +44,7 @@ class Rows {
   constructor(payload, openRun) {
     this.payload = payload;
     this.openRun = openRun;
-    this.runs = new Map(payload.runs.map((run) => [run.id, run]));
+    this.runs = new Map(payload.runs.map((run) => [run.name, run]));
     this.theme = "overview";
     this.reference = payload.references[0]?.key || null;
     this.table = new SortedTable(byId("row-table"), "Results by setting", {
@@ -62,67 +56,35 @@ class Rows {
   }
 
   tools() {
-    const change = (name) => (event) => {
-      this[name] = event.target.value;
+    const change = (name) => (value) => {
+      this[name] = value;
       this.show(this.shown);
       this.onchange?.();
     };
     const has = (fields) => this.payload.groups.some((group) => fields.some(([key]) => group.metrics[key]));
     const themes = Object.entries(THEMES).filter(([, [, fields]]) => has(fields));
-    const options = (pairs, chosen) =>
-      pairs.map(([value, text]) => h("option", { value, selected: value === chosen }, text));
+    const names = themes.map(([key, [text]]) => [key, text]);
+    const references = this.payload.references.map(({ key, text }) => [key, text]);
     byId("row-tools").replaceChildren(
-      h(
-        "label",
-        {},
-        "Columns",
-        h(
-          "select",
-          { id: "theme-columns", onchange: change("theme") },
-          options(
-            themes.map(([key, [text]]) => [key, text]),
-            this.theme,
-          ),
-        ),
-      ),
-      this.payload.references.length
-        ? h(
-            "label",
-            {},
-            "Difference from",
-            h(
-              "select",
-              { id: "reference", onchange: change("reference") },
-              options(
-                this.payload.references.map(({ key, text }) => [key, text]),
-                this.reference,
-              ),
-            ),
-          )
-        : "",
+      choice("Columns", "theme-columns", names, this.theme, change("theme")),
+      references.length ? choice("Difference from", "reference", references, this.reference, change("reference")) : "",
     );
   }
 
   /** Of the block of a row: what it is, and what its differences are taken to. */
   title(row) {
     const block = this.payload.blocks.find(({ key }) => key === row.block);
-    const to = this.payload.groups.find(
-      (one) => one.block === row.block && one.reference_of.includes(this.reference),
-    );
+    const to = this.payload.groups.find((one) => one.block === row.block && one.reference_of.includes(this.reference));
     return block.title + (to ? `; differences from ${to.label}` : "");
   }
 
   show(groups) {
     this.shown = groups;
     this.ranges = {};
-    for (const {
-      block,
-      metrics: { test_accuracy: one },
-    } of groups) {
-      if (!one) continue;
-      const range = (this.ranges[block] ||= [1, 0]);
-      range[0] = Math.max(0, Math.min(range[0], low(one)));
-      range[1] = Math.min(1, Math.max(range[1], high(one)));
+    for (const group of measured(groups)) {
+      const range = (this.ranges[group.block] ||= [1, 0]);
+      range[0] = Math.max(0, Math.min(range[0], low(accuracy(group))));
+      range[1] = Math.min(1, Math.max(range[1], high(accuracy(group))));
     }
     this.table.update(groups, this.columns());
   }
@@ -146,106 +108,53 @@ class Rows {
       cell: (row) => (known(row[key]) ? write(row[key], row) : DASH),
     });
     const varies = (column) => distinct(this.payload.groups.map((row) => row[column.key])).length > 1;
-    const shared = [
-      text("data", "Data", "data set"),
-      text("student", "Student", "the student's network"),
-    ].filter(varies);
-    const counts = [
-      text("fraction", "Images", "share and number of the training images", (value, row) =>
-        share(value, row.images),
-      ),
+    const varying = [
+      text("fraction", "Images", "share and number of the training images", (value, row) => share(value, row.images)),
       text("branches", "K", "branches"),
       text("teachers", "M", "teachers"),
       text("unlabelled", "Unlabelled", "images without labels in training"),
+      text("data", "Data", "data set"),
+      text("student", "Student", "the student's network"),
     ].filter(varies);
-    const fields = THEMES[this.theme][1].filter(([key]) =>
-      this.payload.groups.some((row) => row.metrics[key]),
-    );
+    const number = (key, label, title, value, cell) => ({ key, label, title, number: true, value, cell });
+    const metric = (key, field, label, title, kind) =>
+      number(key, label, title, (row) => row.metrics[field]?.mean, (row) => figureCell(row.metrics[field], kind));
+    const fields = THEMES[this.theme][1].filter(([key]) => this.payload.groups.some((row) => row.metrics[key]));
+    const difference = [(row) => this.difference(row)?.mean, (row) => differenceCell(this.difference(row))];
     return [
       { key: "label", label: "Setting", value: (row) => row.label, cell: (row) => h("span", { title: row.setting || null }, row.label) },
-      {
-        key: "accuracy",
-        label: "Accuracy %",
-        title: "test accuracy of the last epoch",
-        number: true,
-        value: (row) => row.metrics.test_accuracy?.mean,
-        cell: (row) => figureCell(row.metrics.test_accuracy, "percent"),
-      },
+      metric("accuracy", "test_accuracy", "Accuracy %", "test accuracy of the last epoch", "percent"),
       {
         key: "track",
         label: "Interval",
         title: "mean and 95 % interval; the rows of a block share the axis",
-        cell: (row) => track(row.metrics.test_accuracy, ...(this.ranges[row.block] || [0, 1])),
+        cell: (row) => track(accuracy(row), ...(this.ranges[row.block] || [0, 1])),
       },
-      ...(this.reference
-        ? [
-            {
-              key: "difference",
-              label: this.differenceHead(),
-              number: true,
-              title: "difference in points, paired by seed",
-              value: (row) => this.difference(row)?.mean,
-              cell: (row) => differenceCell(this.difference(row)),
-            },
-          ]
-        : []),
-      {
-        key: "n",
-        label: "n",
-        title: "runs that are done",
-        number: true,
-        value: (row) => row.n,
-        cell: (row) => this.count(row),
-      },
-      ...counts,
-      ...shared,
-      ...fields.map(([key, label, title, kind]) => ({
-        key,
-        label,
-        title,
-        number: true,
-        value: (row) => row.metrics[key]?.mean,
-        cell: (row) => figureCell(row.metrics[key], kind),
-      })),
-    ];
+      this.reference && number("difference", this.differenceHead(), "difference in points, paired by seed", ...difference),
+      number("n", "n", "runs that are done", (row) => row.n, (row) => this.count(row)),
+      ...varying,
+      ...fields.map(([key, label, title, kind]) => metric(key, key, label, title, kind)),
+    ].filter(Boolean);
   }
 
   count(row) {
     const open = this.table.unfolded.has(row.id);
     const text = row.failed ? `${row.n} + ${row.failed} failed` : String(row.n);
-    return h(
-      "button",
-      {
-        type: "button",
-        "aria-expanded": String(open),
-        onclick: () => this.table.toggle(row),
-        "aria-label": `${text} runs of ${row.label}: ${open ? "hide" : "show"}`,
-      },
-      `${text} ${open ? "▴" : "▾"}`,
-    );
+    const named = `${text} runs of ${row.label}: ${open ? "hide" : "show"}`;
+    return button(`${text} ${open ? "▴" : "▾"}`, () => this.table.toggle(row), {
+      "aria-expanded": String(open),
+      "aria-label": named,
+    });
   }
 
   seeds(row) {
-    const runs = row.runs.map((id) => this.runs.get(id)).filter(Boolean);
+    const runs = row.runs.map((name) => this.runs.get(name)).filter(Boolean);
     const full = row.setting ? h("span", { class: "soft" }, `${row.setting}.`) : "";
-    return h(
-      "div",
-      { class: "bar" },
-      full,
-      runs.map((run) =>
-        h(
-          "span",
-          {},
-          h(
-            "button",
-            { type: "button", class: "link", onclick: () => this.openRun(run) },
-            `seed ${known(run.seed) ? run.seed : "?"}`,
-          ),
-          run.state === "done"
-            ? ` ${format(run.accuracy, "percent")} %`
-            : [" ", h("span", { class: `state ${run.state}` }, run.state)],
-        ),
-      ),
-    );
+    const outcome = (run) =>
+      run.state === "done"
+        ? [` ${format(run.accuracy, "percent")} %`]
+        : [" ", h("span", { class: `state ${run.state}` }, run.state)];
+    const seed = (run) => linkTo(`seed ${known(run.seed) ? run.seed : "?"}`, () => this.openRun(run));
+    return h("div", { class: "bar" }, full, runs.map((run) => h("span", seed(run), ...outcome(run))));
   }
 }

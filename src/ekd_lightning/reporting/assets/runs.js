@@ -7,7 +7,7 @@ class Runs {
     this.payload = payload;
     this.packed = packed;
     this.details = null;
-    this.table = new SortedTable(byId("run-table"), "Runs", { rowKey: (run) => run.id });
+    this.table = new SortedTable(byId("run-table"), "Runs", { rowKey: (run) => run.name });
     this.dialog = byId("run");
     byId("run-close").addEventListener("click", () => this.dialog.close());
     this.dialog.addEventListener("click", (event) => {
@@ -20,9 +20,7 @@ class Runs {
     const field = (key, label, number, cell) => ({ key, label, number, value: (run) => run[key], cell });
     const plain = (key) => (run) => (known(run[key]) ? String(run[key]) : DASH);
     const all = [
-      field("name", "Run", false, (run) =>
-        h("button", { type: "button", class: "link", onclick: () => this.open(run) }, run.name),
-      ),
+      field("name", "Run", false, (run) => linkTo(run.name, () => this.open(run))),
       {
         key: "state",
         label: "State",
@@ -39,37 +37,26 @@ class Runs {
       field("seconds", "Training s", true, (run) => format(run.seconds, "seconds")),
       { ...field("error", "What went wrong", false, (run) => run.error || ""), wide: true },
     ];
-    this.table.update(
-      runs,
-      all.filter((column) => column.key !== "error" || runs.some((run) => run.error)),
-    );
+    this.table.update(runs, all.filter((column) => column.key !== "error" || runs.some((run) => run.error)));
   }
 
   async record(run) {
     if (!this.details) this.details = JSON.parse(await unpack(this.packed));
-    return this.details[run.id] || {};
+    return this.details[run.name] || {};
   }
 
   async open(run) {
     this.opener = document.activeElement;
     byId("run-title").textContent = run.name;
-    const body = byId("run-body");
-    body.replaceChildren(...this.summary(run), h("p", { class: "soft", role: "status" }, "Unpacking …"));
+    const show = (...parts) => byId("run-body").replaceChildren(...this.summary(run), ...parts);
+    show(h("p", { class: "soft", role: "status" }, "Unpacking …"));
     this.dialog.showModal();
     byId("run-close").focus();
     try {
       const { config, result, provenance } = await this.record(run);
-      body.replaceChildren(
-        ...this.summary(run),
-        ...this.text("Configuration", config),
-        ...this.fields("Result", result),
-        ...this.text("Provenance", provenance),
-      );
+      show(...this.text("Configuration", config), ...this.fields("Result", result), ...this.text("Provenance", provenance));
     } catch (error) {
-      body.replaceChildren(
-        ...this.summary(run),
-        h("p", { class: "alarm" }, `The record is not shown: ${error.message}.`),
-      );
+      show(h("p", { class: "alarm" }, `The record is not shown: ${error.message}.`));
     }
   }
 
@@ -80,36 +67,22 @@ class Runs {
       ["Method", run.method],
       ["Seed", run.seed],
     ];
-    const list = h(
-      "dl",
-      {},
-      pairs
-        .filter(([, value]) => known(value))
-        .flatMap(([key, value]) => [h("dt", {}, key), h("dd", {}, String(value))]),
-    );
     return [
       run.error ? h("pre", { class: "alarm", tabindex: "0", "aria-label": "Error" }, run.error) : "",
-      list,
+      definitions(pairs.filter(([, value]) => known(value))),
     ];
   }
 
   text(title, content) {
     if (!content) return [];
-    const copy = h(
-      "button",
-      {
-        type: "button",
-        onclick: async () => {
-          try {
-            await navigator.clipboard.writeText(content);
-            copy.textContent = "Copied";
-          } catch {
-            copy.textContent = "Select and copy it below";
-          }
-        },
-      },
-      "Copy",
-    );
+    const copy = button("Copy", async () => {
+      try {
+        await navigator.clipboard.writeText(content);
+        copy.textContent = "Copied";
+      } catch {
+        copy.textContent = "Select and copy it below";
+      }
+    });
     return [
       h("div", { class: "bar" }, h("h3", { class: "grow" }, title), copy),
       h("pre", { tabindex: "0", "aria-label": title }, content),
@@ -119,19 +92,9 @@ class Runs {
   fields(title, record) {
     if (!record || !Object.keys(record).length) return [];
     const write = (value) => {
-      return typeof value === "object" && value !== null
-        ? JSON.stringify(value)
-        : typeof value === "number"
-          ? minus(String(value))
-          : String(value);
+      if (typeof value === "number") return minus(String(value));
+      return typeof value === "object" ? JSON.stringify(value) : String(value); // null is "null" either way
     };
-    return [
-      h("h3", {}, title),
-      h(
-        "dl",
-        {},
-        Object.entries(record).flatMap(([key, value]) => [h("dt", {}, key), h("dd", {}, write(value))]),
-      ),
-    ];
+    return [h("h3", title), definitions(Object.entries(record).map(([key, value]) => [key, write(value)]))];
   }
 }

@@ -62,74 +62,41 @@ class SortedTable {
     for (const row of shown) {
       if (sections && this.section(row) !== section) {
         section = this.section(row);
-        body.append(
-          h(
-            "tr",
-            { class: "section" },
-            h("th", { scope: "rowgroup", colspan: this.columns.length }, section),
-          ),
-        );
+        const head = h("th", { scope: "rowgroup", colspan: this.columns.length }, section);
+        body.append(h("tr", { class: "section" }, head));
       }
       body.append(this.line(row));
       if (this.unfolded.has(this.rowKey(row))) body.append(this.below(row));
     }
-    const table = h("table", {}, h("caption", { class: "unseen" }, this.label), this.head(), body);
-    const frame = h(
-      "div",
-      { class: "scroll", tabindex: "0", role: "region", "aria-label": this.label },
-      table,
-    );
+    const caption = h("caption", { class: "unseen" }, this.label);
+    const frame = scrolling(this.label, h("table", caption, this.head(), body));
     this.place.replaceChildren(frame, this.pager(rows.length, pages));
     markScroll(frame);
   }
 
   head() {
-    return h(
-      "thead",
-      {},
-      h(
-        "tr",
-        {},
-        this.columns.map((column) => {
-          const kind = column.number ? "number" : "";
-          if (!column.value)
-            return h("th", { scope: "col", class: `plain ${kind}`, title: column.title }, column.label);
-          const by = this.sorted && this.sorted.key === column.key;
-          const sort = by ? (this.sorted.down ? "descending" : "ascending") : "none";
-          const button = h(
-            "button",
-            { type: "button", title: column.title, onclick: () => this.sortBy(column) },
-            column.label,
-          );
-          return h("th", { scope: "col", class: kind, "aria-sort": sort, "data-key": column.key }, button);
-        }),
-      ),
-    );
+    const heads = this.columns.map((column) => {
+      const { key, label, title, number, value } = column;
+      const kind = number ? "number" : "";
+      if (!value) return h("th", { scope: "col", class: `plain ${kind}`, title }, label);
+      const sort = this.sorted?.key !== key ? "none" : this.sorted.down ? "descending" : "ascending";
+      const turn = button(label, () => this.sortBy(column), { title });
+      return h("th", { scope: "col", class: kind, "aria-sort": sort, "data-key": key }, turn);
+    });
+    return h("thead", h("tr", heads));
   }
 
   line(row) {
-    return h(
-      "tr",
-      { "data-row": this.rowKey(row) },
-      this.columns.map((column, position) =>
-        h(
-          position ? "td" : "th",
-          {
-            class: [column.number && "number", column.wide && "wide"].filter(Boolean).join(" ") || null,
-            scope: position ? null : "row",
-          },
-          column.cell(row),
-        ),
-      ),
-    );
+    const cells = this.columns.map(({ number, wide, cell }, position) => {
+      const kind = [number && "number", wide && "wide"].filter(Boolean).join(" ") || null;
+      return h(position ? "td" : "th", { class: kind, scope: position ? null : "row" }, cell(row));
+    });
+    return h("tr", { "data-row": this.rowKey(row) }, cells);
   }
 
   below(row) {
-    return h(
-      "tr",
-      { class: "below" },
-      h("td", { colspan: this.columns.length, class: "wide" }, this.detail(row)),
-    );
+    const cell = h("td", { colspan: this.columns.length, class: "wide" }, this.detail(row));
+    return h("tr", { class: "below" }, cell);
   }
 
   toggle(row) {
@@ -143,51 +110,27 @@ class SortedTable {
     if (count <= PAGE) return "";
     const from = this.all ? 1 : this.page * PAGE + 1;
     const to = this.all ? count : Math.min(count, (this.page + 1) * PAGE);
-    const step = (by, text) =>
-      h(
-        "button",
-        {
-          type: "button",
-          "data-step": by,
-          disabled: this.page + by < 0 || this.page + by >= pages,
-          onclick: () => {
-            this.page += by;
-            this.draw();
-            this.refocus(by);
-          },
-        },
-        text,
-      );
-    const every = h(
-      "button",
-      {
-        type: "button",
-        "data-step": "all",
-        onclick: () => {
-          this.all = !this.all;
-          this.page = 0;
-          this.draw();
-          this.refocus("all");
-        },
-      },
-      this.all ? "Show pages" : "Show all",
-    );
+    const step = (by, text) => {
+      const disabled = this.page + by < 0 || this.page + by >= pages;
+      return button(text, () => this.turn(by, this.page + by, false), { "data-step": by, disabled });
+    };
+    const other = this.all ? "Show pages" : "Show all";
+    const every = button(other, () => this.turn("all", 0, !this.all), { "data-step": "all" });
+    const place = `${from} to ${to} of ${count.toLocaleString("en-US")}`;
     return h(
       "div",
       { class: "pager" },
-      this.all ? "" : step(-1, "Previous"),
-      this.all ? "" : step(1, "Next"),
+      ...(this.all ? ["", ""] : [step(-1, "Previous"), step(1, "Next")]),
       every,
-      h(
-        "span",
-        { role: "status", class: "small soft" },
-        `${from} to ${to} of ${count.toLocaleString("en-US")}`,
-      ),
+      h("span", { role: "status", class: "small soft" }, place),
     );
   }
 
-  refocus(step) {
-    const button = this.place.querySelector(`[data-step="${step}"]`);
-    (button.disabled ? this.place.querySelector(`.pager button:not(:disabled)`) : button).focus();
+  /** Shows another page, or all; the button that asked for it keeps the focus. */
+  turn(step, page, all) {
+    Object.assign(this, { page, all });
+    this.draw();
+    const pressed = this.place.querySelector(`[data-step="${step}"]`);
+    (pressed.disabled ? this.place.querySelector(`.pager button:not(:disabled)`) : pressed).focus();
   }
 }
