@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ekd_lightning.reporting.blocks import SAME_COST, SUBJECTS, Block
@@ -21,7 +21,6 @@ from ekd_lightning.reporting.estimates import (
     corrected,
     interval_words,
     listed,
-    minus,
     p_text,
     plural,
     points,
@@ -61,7 +60,6 @@ VERDICTS = {
     "not_enough": ("", "too few runs in"),
 }
 """Outcomes of a comparison, in words: against one setting, and counted over several blocks."""
-_ACCURACY = "test_accuracy"
 
 
 @dataclass(frozen=True)
@@ -109,8 +107,11 @@ def answer(block: Block) -> Answer:
     if subject is None or subject.accuracy is None:
         return Answer(block, None, f"{block.title}: no run of {SUBJECT} is done, so there is nothing to compare.")
     controls = _controls(block, subject)
-    found = _differences(subject, controls.values())
-    findings = [_finding(role, other, subject, found, _called(other, controls)) for role, other in controls.items()]
+    found = corrected({other.label: subject.minus(other) for other in controls.values()})
+    findings = []
+    for role, other in controls.items():
+        roles = listed([ROLES[name] for name, one in controls.items() if one is other])
+        findings.append(_finding(role, other, subject, found, f"{roles} ({other.label})"))
     best, above = _against_best(block, subject, findings)
     findings += [best] if best else []
     name = SUBJECT if subject.label == "ekd" else f"{SUBJECT} ({subject.label})"
@@ -123,11 +124,6 @@ def answer(block: Block) -> Answer:
     end = _verdicts(findings, above) if findings else f"; {_nothing_to_compare(block)}"
     notes = remarks(block, subject, controls, [finding.difference for finding in findings])
     return Answer(block, subject, f"{start}{end}", tuple(findings), tuple(notes))
-
-
-def _called(other: Group, controls: Mapping[str, Group]) -> str:
-    """All roles of a control, and its label."""
-    return f"{listed([ROLES[role] for role, one in controls.items() if one is other])} ({other.label})"
 
 
 def _nothing_to_compare(block: Block) -> str:
@@ -253,7 +249,7 @@ def _against_best(block: Block, subject: Group, findings: Sequence[Finding]) -> 
         The comparison, and the groups with a higher test accuracy but too few runs to compare.
     """
     others = block.rivals(subject)
-    found = _differences(subject, others)
+    found = corrected({other.label: subject.minus(other) for other in others})
     best, above = best_of(others, found)
     if best is None:
         return None, []
@@ -276,16 +272,10 @@ def best_of(others: Sequence[Group], found: Mapping[str, Difference]) -> tuple[G
     return best, tuple(one for one in ranked if best is not None and one.mean_accuracy > best.mean_accuracy)
 
 
-def _differences(subject: Group, others: Iterable[Group]) -> dict[str, Difference]:
-    """EKD minus each of the others, by the others' labels, corrected for their number."""
-    ours = subject.by_seed(_ACCURACY)
-    return corrected({other.label: minus(ours, other.by_seed(_ACCURACY)) for other in others})
-
-
 def _finding(role: str, other: Group, subject: Group, found: Mapping[str, Difference], called: str) -> Finding:
     """One comparison."""
-    ours, theirs = subject.by_seed(_ACCURACY), other.by_seed(_ACCURACY)
-    common = [seed for seed in ours if seed in theirs]
+    ours, theirs = subject.by_seed("test_accuracy"), other.by_seed("test_accuracy")
+    common = ours.keys() & theirs.keys()
     means = [statistics.fmean(values[seed] for seed in common) for values in (ours, theirs)] if common else []
     difference = found.get(other.label)
     compared = sum(one.half is not None for one in found.values())

@@ -6,7 +6,7 @@ Nothing is averaged over groups; `blocks` says which of them may be compared.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -121,6 +121,10 @@ class Group:
         """Mean of a figure over the runs that have it; None if none has."""
         found = self.values(key)
         return found.mean if found else None
+
+    def minus(self, other: Group) -> Difference | None:
+        """Its test accuracy minus that of another group, paired by seed; None without a common seed."""
+        return minus(self.by_seed("test_accuracy"), other.by_seed("test_accuracy"))
 
     def per_item(self, key: str) -> list[Estimate]:
         """A field that is a list of numbers, entry by entry, up to the first that no run has."""
@@ -249,22 +253,26 @@ def make_group(
     )
 
 
-def differences(groups: Sequence[Group], reference: str, key: str = "test_accuracy") -> dict[str, Difference]:
-    """Every other group minus the reference, paired by seed, with p values corrected by Holm's method.
-
-    p values of deciding groups are corrected for the comparisons of deciding groups, those of other groups for the
-    comparisons of all groups.
+def differences(groups: Sequence[Group], reference: str) -> dict[str, Difference]:
+    """Every other group minus the reference, with p values as in `corrected_by_row`.
 
     Raises:
         ValueError: If the groups differ in protocol, or none has the label.
     """
-    done = [one for one in groups if one.n]
-    if len({one.protocol for one in done}) > 1:
+    if len({one.protocol for one in groups if one.n}) > 1:
         raise ValueError("groups of different protocols are not compared")
-    values = {one.label: one.by_seed(key) for one in groups}
-    if reference not in values:
+    to = next((one for one in groups if one.label == reference), None)
+    if to is None:
         raise ValueError(f"no group {reference!r}")
-    found = {label: minus(own, values[reference]) for label, own in values.items() if label != reference}
+    return corrected_by_row(groups, {one.label: one.minus(to) for one in groups if one is not to})
+
+
+def corrected_by_row(groups: Iterable[Group], found: Mapping[str, Difference | None]) -> dict[str, Difference]:
+    """The differences by label that are not None, with p values corrected by Holm's method.
+
+    p values of deciding groups are corrected for the comparisons of deciding groups, those of other groups for the
+    comparisons of all groups.
+    """
     decide = {one.label for one in groups if one.decides}
     return {**corrected(found), **corrected({label: one for label, one in found.items() if label in decide})}
 

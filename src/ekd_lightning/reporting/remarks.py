@@ -14,7 +14,6 @@ from ekd_lightning.reporting.estimates import (
     corrected,
     interval_words,
     listed,
-    minus,
     plural,
     points,
     share,
@@ -93,8 +92,7 @@ def _trend(letter: str, subject: Group, siblings: Sequence[Group]) -> str:
     if len(means) < 2:
         return ""
     best = max(means, key=lambda count: means[count].mean)
-    values = {count: group.by_seed("test_accuracy") for count, group in own.items()}
-    found = corrected({pair: minus(values[pair[0]], values[pair[1]]) for pair in combinations(own, 2)})
+    found = corrected({(few, many): own[few].minus(own[many]) for few, many in combinations(own, 2)})
     lower: dict[bool | None, list[str]] = defaultdict(list)
     for count in means:
         if count != best:
@@ -175,7 +173,7 @@ def _chance(block: Block, subject: Group) -> str:
     """The size of chance: EKD with its teachers shifted should differ from EKD by chance alone."""
     for group in block.done:
         if group.method == "ekd_permuted" and _same_settings(group, subject):
-            found = minus(subject.by_seed("test_accuracy"), group.by_seed("test_accuracy"))
+            found = subject.minus(group)
             if found is None:
                 return ""
             spread = f" ± {share(found.std)}" if found.std is not None else ""

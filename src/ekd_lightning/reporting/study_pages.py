@@ -17,17 +17,15 @@ from ekd_lightning.reporting.estimates import (
     ENOUGH,
     SIGNIFICANCE,
     Difference,
-    corrected,
     interval_text,
     listed,
-    minus,
     p_text,
     percent,
     plural,
     share,
 )
 from ekd_lightning.reporting.figure_style import COST_FIGURE, file_name
-from ekd_lightning.reporting.groups import Group
+from ekd_lightning.reporting.groups import Group, corrected_by_row
 from ekd_lightning.reporting.report import Report, kind_of_machine
 from ekd_lightning.reporting.report_files import MADE_BY, PAGE_BEGINS, SUMMARY_PAGE, page_name
 
@@ -68,10 +66,7 @@ def standings(block: Block) -> list[Standing]:
     found = []
     for ekd in (one for one in block.done if one.method in SUBJECTS):
         others = block.rivals(ekd)
-        ours = ekd.by_seed("test_accuracy")
-        plain = {one.label: minus(ours, one.by_seed("test_accuracy")) for one in others}
-        decide = {one.label: plain[one.label] for one in others if one.decides}
-        against = {**corrected(plain), **corrected(decide)}
+        against = corrected_by_row(others, {one.label: ekd.minus(one) for one in others})
         found.append(Standing(block, ekd, against, *best_of(others, against)))
     return found
 

@@ -29,16 +29,10 @@ _SWEEP_ID = "WANDB_SWEEP_ID"  # set by the agent of a W&B sweep
 STUDENT, PROJECT = "student", "ekd-lightning"
 
 _SUMMARIES = {
-    "train/*": "min",
-    "train/accuracy": "max",
-    "val/accuracy": "max",
-    "val/top5": "max",
-    "val/branch_accuracy_*": "max",
-    "val/nll": "min",
-    "val/ece": "min",
-    "val/brier": "min",
+    "min": ("train/*", "val/nll", "val/ece", "val/brier"),
+    "max": ("train/accuracy", "val/accuracy", "val/top5", "val/branch_accuracy_*"),
 }
-"""Value of a curve that W&B's tables show, if it is not the last one."""
+"""Value that W&B's tables show -> curves of which it is not the last one."""
 
 
 class MetricsCsv(Logger):
@@ -211,14 +205,6 @@ def _wandb(
     return logger
 
 
-@rank_zero_only
-def _log_wandb_run(run: Any) -> None:
-    """Logs the address of a run of W&B, or how to upload it."""
-    if not run.disabled:
-        offline = f"kept in {run.settings.sync_dir}; `make wandb-sync` or `wandb sync` uploads it"
-        log.info("W&B: run %s, %s", run.name, offline if run.offline else run.url)
-
-
 def in_wandb_sweep() -> bool:
     """Whether an agent of a W&B sweep started this process."""
     return _SWEEP_ID in os.environ
@@ -245,21 +231,27 @@ def wandb_run_id(directory: Path) -> str:
     return kept
 
 
+@rank_zero_only
 def describe_metrics(loggers: list[Logger], columns: dict[str, Any] | None = None) -> None:
     """Sets W&B's axis, the value of each curve in its tables, and the columns by which runs can be grouped.
+
+    Logs the address of the run, or how to upload it.
 
     Raises:
         UserError: If W&B starts no run, for example without a login.
     """
     for logger in loggers:
-        if isinstance(logger, WandbLogger):  # on other ranks `experiment` is a dummy
+        if isinstance(logger, WandbLogger):
             run = _started(logger)
-            _log_wandb_run(run)
+            if not run.disabled:
+                offline = f"kept in {run.settings.sync_dir}; `make wandb-sync` or `wandb sync` uploads it"
+                log.info("W&B: run %s, %s", run.name, offline if run.offline else run.url)
             run.define_metric("epoch", hidden=True)
             run.define_metric("trainer/global_step", hidden=True)
             run.define_metric("*", step_metric="epoch")
-            for name, summary in _SUMMARIES.items():
-                run.define_metric(name, step_metric="epoch", summary=summary)
+            for summary, names in _SUMMARIES.items():
+                for name in names:
+                    run.define_metric(name, step_metric="epoch", summary=summary)
             if columns:
                 run.config.update(columns, allow_val_change=True)
 
