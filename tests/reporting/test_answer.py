@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from made_runs import TEACHERS, collection, entry, result, study
 from scipy import stats
 
-from ekd_lightning.reporting.answer import answer, answers, comparison, judge, lead, representative
+from ekd_lightning.reporting.answer import answer, comparison, judge, lead, representative
 from ekd_lightning.reporting.blocks import blocks
 from ekd_lightning.reporting.estimates import SIGNIFICANCE, holm, listed, p_text, paired, plural
 from ekd_lightning.reporting.groups import group
 from ekd_lightning.reporting.remarks import NO_EQUAL_COST
+from ekd_lightning.reporting.report import make_report
 from ekd_lightning.runs.collection import read_records
 
 REAL = Path(__file__).resolve().parents[2] / "docs" / "results" / "study" / "cifar10.jsonl"
@@ -355,18 +356,18 @@ def test_few_runs_and_runs_that_do_not_count_are_told():
 
 def test_over_several_blocks_the_lead_counts():
     runs = [*study(), *study(fraction=0.05), *study({"ekd": (0.6,)}, data="digits")]
-    found = answers(blocks(group(collection(*runs))))
+    found = make_report(collection(*runs)).answers
     assert lead(found) == (
         "EKD in 3 settings of data and protocol: better in 2 of 2 against the best other method; better in 2 of 2 "
         "against the plain student."
     )
     assert lead(found[:1]) == found[0].headline
-    nothing = answers(blocks(group(collection(*study({"ce": (0.5,)}), *study({"ce": (0.5,)}, data="digits")))))
+    nothing = make_report(collection(*study({"ce": (0.5,)}), *study({"ce": (0.5,)}, data="digits"))).answers
     assert lead(nothing) == "EKD cannot be compared in any of 2 settings of data and protocol."
 
 
 def test_blocks_without_a_finished_run_have_no_answer():
-    assert answers(blocks(group(collection(entry(result(), "f", "failed"))))) == []
+    assert make_report(collection(entry(result(), "f", "failed"))).answers == ()
 
 
 @settings(max_examples=100, deadline=None)

@@ -8,24 +8,12 @@ value is corrected over all candidates.
 from __future__ import annotations
 
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from ekd_lightning.reporting import estimates as es
 from ekd_lightning.reporting.blocks import SAME_COST, SUBJECTS, Block
-from ekd_lightning.reporting.estimates import (
-    ENOUGH,
-    SIGNIFICANCE,
-    TOO_FEW,
-    Difference,
-    corrected,
-    interval_words,
-    listed,
-    p_text,
-    plural,
-    points,
-    share,
-)
 from ekd_lightning.reporting.groups import Group, branched
 from ekd_lightning.reporting.remarks import SUBJECT, remarks
 
@@ -72,7 +60,7 @@ class Finding:
 
     role: str
     other: Group
-    difference: Difference | None
+    difference: es.Difference | None
     verdict: str
     sentence: str
 
@@ -96,29 +84,24 @@ class Answer:
         return list(dict.fromkeys(finding.sentence for finding in self.findings))
 
 
-def answers(blocks: Sequence[Block]) -> list[Answer]:
-    """The answer of each block in which a run is done."""
-    return [answer(block) for block in blocks if block.done]
-
-
 def answer(block: Block) -> Answer:
-    """The answer of a block."""
+    """The answer of a block in which a run is done."""
     subject = representative(block)
     if subject is None or subject.accuracy is None:
         return Answer(block, None, f"{block.title}: no run of {SUBJECT} is done, so there is nothing to compare.")
     controls = _controls(block, subject)
-    found = corrected({other.label: subject.minus(other) for other in controls.values()})
+    found = es.corrected({other.label: subject.minus(other) for other in controls.values()})
     findings = []
     for role, other in controls.items():
-        roles = listed([ROLES[name] for name, one in controls.items() if one is other])
+        roles = es.listed([ROLES[name] for name, one in controls.items() if one is other])
         findings.append(_finding(role, other, subject, found, f"{roles} ({other.label})"))
     best, above = _against_best(block, subject, findings)
     findings += [best] if best else []
     name = SUBJECT if subject.label == "ekd" else f"{SUBJECT} ({subject.label})"
-    runs = "one run" if subject.n == 1 else f"mean of {plural(subject.n, 'run')}"
+    runs = "one run" if subject.n == 1 else f"mean of {es.plural(subject.n, 'run')}"
     cost = subject.mean("macs")
     start = (
-        f"{block.title}: {name} reaches {share(subject.accuracy.mean)} % test accuracy ({runs})"
+        f"{block.title}: {name} reaches {es.share(subject.accuracy.mean)} % test accuracy ({runs})"
         f"{f' at {cost / 1e6:.1f} M MACs' if cost else ''}"
     )
     end = _verdicts(findings, above) if findings else f"; {_nothing_to_compare(block)}"
@@ -131,31 +114,31 @@ def _nothing_to_compare(block: Block) -> str:
     others = block.others
     if not others:
         return "no run of another method is done, so whether it helps is open."
-    names = listed([f"{one.label}, {share(one.mean_accuracy)} %" for one in others[:3]])
+    names = es.listed([f"{one.label}, {es.share(one.mean_accuracy)} %" for one in others[:3]])
     more = " and others" if len(others) > 3 else ""
     return f"none of the other methods ({names}{more}) is of comparable cost, so whether it helps is open."
 
 
 def _verdicts(findings: Sequence[Finding], above: Sequence[Group]) -> str:
     """The end of a headline: the outcome of each comparison, with the size of the difference."""
-    named: dict[str, list[str]] = {}
-    for verdict in VERDICTS:
-        alike = [finding for finding in findings if finding.verdict == verdict]
-        for other in dict.fromkeys(finding.other.label for finding in alike):
-            own = [finding for finding in alike if finding.other.label == other]
-            accuracy = share(own[0].other.mean_accuracy)
-            lead = f": {points(own[0].difference.mean)} points" if own[0].difference else ""
-            roles = ", which is also ".join(ROLES[finding.role] for finding in own)
-            named.setdefault(verdict, []).append(f"{roles} ({other}, {accuracy} %{lead})")
-    missing = named.pop("not_enough", [])
-    if not named:
-        return f"; {TOO_FEW} to say whether it helps."
-    text = f". It {'; it '.join(f'{VERDICTS[verdict][0]} {listed(names)}' for verdict, names in named.items())}."
+    alike: dict[tuple[str, str], list[Finding]] = defaultdict(list)
+    for finding in findings:
+        alike[finding.verdict, finding.other.label].append(finding)
+    named: dict[str, list[str]] = {verdict: [] for verdict in VERDICTS}
+    for (verdict, label), own in alike.items():
+        lead = f": {es.points(own[0].difference.mean)} points" if own[0].difference else ""
+        roles = ", which is also ".join(ROLES[finding.role] for finding in own)
+        named[verdict].append(f"{roles} ({label}, {es.share(own[0].other.mean_accuracy)} %{lead})")
+    missing = named.pop("not_enough")
+    told = [f"{VERDICTS[verdict][0]} {es.listed(names)}" for verdict, names in named.items() if names]
+    if not told:
+        return f"; {es.TOO_FEW} to say whether it helps."
+    text = f". It {'; it '.join(told)}."
     if missing:
-        text += f" Too few runs to compare it with {listed(missing)}."
+        text += f" Too few runs to compare it with {es.listed(missing)}."
     if above:
-        names = listed([f"{one.label} ({share(one.mean_accuracy)} %)" for one in above])
-        text += f" {names} {'has' if len(above) == 1 else 'have'} a higher test accuracy, but {TOO_FEW} to compare."
+        names = es.listed([f"{one.label} ({es.share(one.mean_accuracy)} %)" for one in above])
+        text += f" {names} {'has' if len(above) == 1 else 'have'} a higher test accuracy, but {es.TOO_FEW} to compare."
     return text
 
 
@@ -171,7 +154,7 @@ def lead(found: Sequence[Answer]) -> str:
         if shown:
             parts[role] = f"{', '.join(shown)} of {sum(numbers.values())} against {name}"
     most = [parts[role] for role in _LEADING if role in parts] or list(parts.values())
-    where = f"{plural(len(found), 'setting')} of data and protocol"
+    where = f"{es.plural(len(found), 'setting')} of data and protocol"
     if not parts:
         return f"{SUBJECT} cannot be compared in any of {where}."
     return f"{SUBJECT} in {where}: {'; '.join(most)}."
@@ -195,13 +178,15 @@ def strongest(groups: Sequence[Group]) -> Group | None:
 
     Groups with too few runs are ignored if others have more.
     """
-    least = min(ENOUGH, max((group.n for group in groups), default=0))
+    least = min(es.ENOUGH, max((group.n for group in groups), default=0))
     several = [group for group in groups if group.n >= least]
     return max(several, key=lambda group: group.mean("val_accuracy") or -1.0, default=None)
 
 
 def _controls(block: Block, subject: Group) -> dict[str, Group]:
-    """The controls by role: the strongest group of each method with EKD's student."""
+    """The controls by role: the strongest group of each method with EKD's student, and of plain ones with its MACs."""
+    taught = [one for one in block.done if one.num_branches == 1 and one.taught_by and one.method not in SUBJECTS]
+    cost = subject.mean("macs")
     plain, own = (1, None), _shape(subject)
     features = "kd_mean_maps" if subject.only("weight_maps3") else "kd_mean_feature"
     imitates = subject.only("weight_maps3") or subject.only("weight_feature_branch")
@@ -209,7 +194,9 @@ def _controls(block: Block, subject: Group) -> dict[str, Group]:
         "plain": _control(block, subject, "ce", plain),
         "plain_taught": _control(block, subject, "kd_mean", plain),
         "same_features": _control(block, subject, features, plain) if imitates else None,
-        "equal_cost": _equal_cost(block, subject),
+        "equal_cost": strongest(
+            [one for one in taught if cost and abs((one.mean("macs") or 0.0) / cost - 1) <= SAME_COST]
+        ),
         "branched_untaught": _control(block, subject, "branched_ce", own),
         "mean_teacher": _control(block, subject, "ekd_mean", own),
     }
@@ -235,13 +222,6 @@ def _network(group: Group) -> tuple[str | None, str]:
     return group.student, repr(sorted((group.runs[0].setting("student.options") or {}).items()))
 
 
-def _equal_cost(block: Block, subject: Group) -> Group | None:
-    """The strongest plain student with teachers whose MACs are those of EKD's."""
-    cost = subject.mean("macs")
-    plain = [one for one in block.done if one.num_branches == 1 and one.taught_by and one.method not in SUBJECTS]
-    return strongest([one for one in plain if cost and abs((one.mean("macs") or 0.0) / cost - 1) <= SAME_COST])
-
-
 def _against_best(block: Block, subject: Group, findings: Sequence[Finding]) -> tuple[Finding | None, list[Group]]:
     """Compares EKD with the best other method; its p value is corrected for the selection.
 
@@ -249,7 +229,7 @@ def _against_best(block: Block, subject: Group, findings: Sequence[Finding]) -> 
         The comparison, and the groups with a higher test accuracy but too few runs to compare.
     """
     others = block.rivals(subject)
-    found = corrected({other.label: subject.minus(other) for other in others})
+    found = es.corrected({other.label: subject.minus(other) for other in others})
     best, above = best_of(others, found)
     if best is None:
         return None, []
@@ -260,19 +240,19 @@ def _against_best(block: Block, subject: Group, findings: Sequence[Finding]) -> 
     finding = _finding("best", best, subject, found, f"{best.label} ({among}{enough} at no more cost)")
     if any((one.other, one.verdict) == (best, finding.verdict) for one in findings):  # no need to say it twice
         p = finding.difference.tested if finding.difference and tested > 1 else None
-        over = "" if p is None else f" ({p_text(p)} corrected for {tested} comparisons)"
+        over = "" if p is None else f" ({es.p_text(p)} corrected for {tested} comparisons)"
         finding = replace(finding, sentence=f"{best.label} is also {among}{enough} at no more cost{over}.")
     return finding, [one for one in others if one in above]
 
 
-def best_of(others: Sequence[Group], found: Mapping[str, Difference]) -> tuple[Group | None, tuple[Group, ...]]:
+def best_of(others: Sequence[Group], found: Mapping[str, es.Difference]) -> tuple[Group | None, tuple[Group, ...]]:
     """The most accurate group with an interval in `found`, by label, or else of all; and the more accurate ones."""
     ranked = sorted(others, key=lambda one: one.mean_accuracy, reverse=True)
     best = next((g for g in ranked if g.label in found and found[g.label].half is not None), next(iter(ranked), None))
     return best, tuple(one for one in ranked if best is not None and one.mean_accuracy > best.mean_accuracy)
 
 
-def _finding(role: str, other: Group, subject: Group, found: Mapping[str, Difference], called: str) -> Finding:
+def _finding(role: str, other: Group, subject: Group, found: Mapping[str, es.Difference], called: str) -> Finding:
     """One comparison."""
     ours, theirs = subject.by_seed("test_accuracy"), other.by_seed("test_accuracy")
     common = ours.keys() & theirs.keys()
@@ -282,24 +262,24 @@ def _finding(role: str, other: Group, subject: Group, found: Mapping[str, Differ
     return Finding(role, other, difference, judge(difference), comparison(called, difference, means, compared))
 
 
-def judge(difference: Difference | None) -> str:
+def judge(difference: es.Difference | None) -> str:
     """The verdict of a difference, EKD minus another: one of `VERDICTS`."""
     if difference is None or difference.tested is None:  # too few, or without any spread
         return "not_enough"
-    if difference.tested >= SIGNIFICANCE:
+    if difference.tested >= es.SIGNIFICANCE:
         return "undecided"
     return "ahead" if difference.mean > 0 else "behind"
 
 
-def comparison(other: str, difference: Difference | None, accuracies: Sequence[float], compared: int) -> str:
+def comparison(other: str, difference: es.Difference | None, accuracies: Sequence[float], compared: int) -> str:
     """EKD against another, as a sentence, with the p value corrected for the number of comparisons.
 
     `accuracies` are the means of EKD and the other over their common seeds.
     """
     if difference is None:
         return f"Too few runs to compare {SUBJECT} with {other}: they have no seed in common."
-    both, by = " against ".join(map(share, accuracies)) + " %", points(difference.mean)
-    pairs = f"n = {plural(difference.n, 'pair')} of runs"
+    both, by = " against ".join(map(es.share, accuracies)) + " %", es.points(difference.mean)
+    pairs = f"n = {es.plural(difference.n, 'pair')} of runs"
     if difference.half is None:
         return f"Too few runs to compare {SUBJECT} with {other}: {pairs}, which differ by {by} points ({both})."
     if difference.tested is None:
@@ -308,9 +288,9 @@ def comparison(other: str, difference: Difference | None, accuracies: Sequence[f
             "cannot be tested."
         )
     over = f" corrected for {compared} comparisons" if compared > 1 else ""
-    numbers = f"{interval_words(difference)}, {pairs}, {p_text(difference.tested)}{over}"
+    numbers = f"{es.interval_words(difference)}, {pairs}, {es.p_text(difference.tested)}{over}"
     if (verdict := judge(difference)) in ("ahead", "behind"):
-        size = share(abs(difference.mean))
+        size = es.share(abs(difference.mean))
         return f"{SUBJECT} {VERDICTS[verdict][0]} {other} by {size} points: {both} ({numbers})."
     outside = abs(difference.mean) > difference.half
     though = "; the uncorrected interval excludes 0, as one in 20 does by chance" if outside else ""

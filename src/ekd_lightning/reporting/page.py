@@ -18,10 +18,10 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from jinja2.utils import htmlsafe_json_dumps
 
+from ekd_lightning import __version__
 from ekd_lightning.reporting import details, tables
 from ekd_lightning.reporting.answer import METHODS, ROLES, Answer, judge
 from ekd_lightning.reporting.blocks import Block, families, grid_name
-from ekd_lightning.reporting.details import Bin, Point, early_exits, own_teachers, subsets
 from ekd_lightning.reporting.estimates import Difference, Estimate, interval, listed, plural, points, share
 from ekd_lightning.reporting.figure_style import DARK, LIGHT
 from ekd_lightning.reporting.groups import Group, differences
@@ -39,18 +39,9 @@ MAIN = "main"
 CONTROLS = ("ekd", "ekd_pooled", "ce", "kd_mean", "kd_mean_maps", "kd_mean_feature", "branched_ce", "ekd_mean")
 """Methods that a reader may choose as references."""
 _MOST_REFERENCES = 8
-_DIGITS = 6
 _LONG = 400
 """Longest list or mapping that a run's record shows, in characters."""
 _FOLDERS = re.compile(r"(?<![\w.…/<])/(?:[\w.+@~=-]+/)+")
-_OF_A_RUN = {
-    **{name: name for name in ("data", "method", "fraction", "student", "seed")},
-    "teachers": "num_teachers",
-    "branches": "num_branches",
-    "accuracy": "test_accuracy",
-    "seconds": "train_seconds",
-}
-"""Columns of the table of runs, and their fields of a result."""
 _MOST_COLUMNS = 8
 _MOST_OVERVIEW = 10
 _COSTS = ("MACs", "parameters", "train s", "n")
@@ -66,8 +57,6 @@ _MARKS = {
 def page(report: Report) -> str:
     """The page as text; needs plotly."""
     from plotly.offline import get_plotlyjs  # noqa: PLC0415
-
-    from ekd_lightning import __version__  # noqa: PLC0415
 
     compared = [answer for answer in report.answers if answer.findings][:_MOST_COLUMNS]
     shown = {finding.role for answer in compared for finding in answer.findings}
@@ -226,8 +215,8 @@ def _group(group: Group, references: Mapping[str, tuple[str, Mapping[str, Differ
             if (one := found.get(group.label))
         },
         "branch_accuracy": group.per_item("test_branch_accuracy"),
-        "subsets": subsets(group),
-        "exits": early_exits(group),
+        "subsets": details.subsets(group),
+        "exits": details.early_exits(group),
         "severity": group.per_item("corruption_accuracy_by_severity"),
         "corrupted": group.corrupted,
         "curves": {
@@ -235,7 +224,7 @@ def _group(group: Group, references: Mapping[str, tuple[str, Mapping[str, Differ
         },
         "reliability": _reliability(details.read_arrays(group)),
         "cka": _cka(group),
-        "own_teachers": own_teachers(group),
+        "own_teachers": details.own_teachers(group),
     }
 
 
@@ -249,7 +238,7 @@ def plain(value: Any) -> Any:
     """A value for JSON: numbers with six digits, null for NaN and infinity, estimates and points as mappings."""
     if isinstance(value, Estimate):
         value = _figure(value)
-    elif isinstance(value, (Point, Bin)):
+    elif isinstance(value, (details.Point, details.Bin)):
         value = vars(value)
     if isinstance(value, Mapping):
         return {key: plain(one) for key, one in value.items()}
@@ -259,7 +248,7 @@ def plain(value: Any) -> Any:
         return value
     if not math.isfinite(value):
         return None
-    return int(value) if value.is_integer() and abs(value) < 2**53 else float(f"{value:.{_DIGITS}g}")
+    return int(value) if value.is_integer() and abs(value) < 2**53 else float(f"{value:.6g}")
 
 
 def _reliability(arrays: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
@@ -281,7 +270,11 @@ def _run(run: RunEntry) -> dict[str, Any]:
         "state": run.state,
         "error": run.error and short_paths(run.error),
         "images": Protocol.of(run).num_images,
-        **{name: run.get(field) for name, field in _OF_A_RUN.items()},
+        **{name: run.get(name) for name in ("data", "method", "fraction", "student", "seed")},
+        "teachers": run.get("num_teachers"),
+        "branches": run.get("num_branches"),
+        "accuracy": run.get("test_accuracy"),
+        "seconds": run.get("train_seconds"),
     }
 
 

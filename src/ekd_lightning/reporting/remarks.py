@@ -6,18 +6,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 
+from ekd_lightning.reporting import estimates as es
 from ekd_lightning.reporting.blocks import SUBJECTS, Block
-from ekd_lightning.reporting.estimates import (
-    ENOUGH,
-    SIGNIFICANCE,
-    Difference,
-    corrected,
-    interval_words,
-    listed,
-    plural,
-    points,
-    share,
-)
 from ekd_lightning.reporting.groups import FEW, Group, branched
 from ekd_lightning.reporting.setups import describe
 from ekd_lightning.runs.directory import RunState
@@ -41,7 +31,7 @@ _STATES = {
 
 
 def remarks(
-    block: Block, subject: Group, controls: Mapping[str, Group], differences: Sequence[Difference | None]
+    block: Block, subject: Group, controls: Mapping[str, Group], differences: Sequence[es.Difference | None]
 ) -> list[str]:
     """All remarks that apply to a block."""
     candidates = [group for group in block.done if group.method in SUBJECTS and group.student == subject.student]
@@ -57,7 +47,7 @@ def remarks(
         )
     states = [run.state for group in block.groups for run in group.others]
     left = [f"{states.count(state)} {text}" for state, text in _STATES.items() if state in states]
-    found += [f"Runs of this block that do not count: {listed(left)}."] if left else []
+    found += [f"Runs of this block that do not count: {es.listed(left)}."] if left else []
     return [sentence for sentence in found if sentence]
 
 
@@ -70,8 +60,8 @@ def _chosen(subject: Group, siblings: Sequence[Group]) -> str:
     why = "has the highest validation accuracy"
     if subject.values("val_accuracy") is None:
         why = "comes first; validation accuracies are not recorded"
-    elif any(group.n < min(ENOUGH, subject.n) for group in siblings):
-        why += f" of those with {min(ENOUGH, subject.n)} runs or more"
+    elif any(group.n < min(es.ENOUGH, subject.n) for group in siblings):
+        why += f" of those with {min(es.ENOUGH, subject.n)} runs or more"
     return f"{start}{why}. Test accuracies played no part in the choice."
 
 
@@ -92,16 +82,16 @@ def _trend(letter: str, subject: Group, siblings: Sequence[Group]) -> str:
     if len(means) < 2:
         return ""
     best = max(means, key=lambda count: means[count].mean)
-    found = corrected({(few, many): own[few].minus(own[many]) for few, many in combinations(own, 2)})
+    found = es.corrected({(few, many): own[few].minus(own[many]) for few, many in combinations(own, 2)})
     lower: dict[bool | None, list[str]] = defaultdict(list)
     for count in means:
         if count != best:
             lower[_significant(found.get((min(count, best), max(count, best))))].append(f"{letter} = {count}")
     parts = [f"{letter} = {best} is highest"]
-    parts += [f"significantly lower: {listed(lower[True])}"] if lower[True] else []
-    parts += [f"not significantly lower: {listed(lower[False])}"] if lower[False] else []
-    parts += [f"too few runs: {listed(lower[None])}"] if lower[None] else []
-    numbers = ", ".join(f"{letter} = {count}: {share(one.mean)} % (n = {one.n})" for count, one in means.items())
+    parts += [f"significantly lower: {es.listed(lower[True])}"] if lower[True] else []
+    parts += [f"not significantly lower: {es.listed(lower[False])}"] if lower[False] else []
+    parts += [f"too few runs: {es.listed(lower[None])}"] if lower[None] else []
+    numbers = ", ".join(f"{letter} = {count}: {es.share(one.mean)} % (n = {one.n})" for count, one in means.items())
     return f"Number of {words}: {numbers}; {'; '.join(parts)}."
 
 
@@ -109,11 +99,11 @@ def _rest(group: Group, follow: Sequence[str]) -> dict[str, object]:
     return {name: value for name, value in group.varied.items() if name not in follow}
 
 
-def _significant(difference: Difference | None) -> bool | None:
+def _significant(difference: es.Difference | None) -> bool | None:
     """Whether a difference is significant; None without enough runs."""
     if difference is None or difference.half is None:
         return None
-    return difference.p_holm is not None and difference.p_holm < SIGNIFICANCE
+    return difference.p_holm is not None and difference.p_holm < es.SIGNIFICANCE
 
 
 def _cost(subject: Group, plain: Group | None) -> str:
@@ -139,7 +129,7 @@ def _ensemble(subject: Group) -> str:
         ("test_gain_over_best_branch", "the branch that is best on the test set"),
     ):
         if gain := subject.values(key):
-            parts.append(f"minus {what}: {points(gain.mean)} points ({interval_words(gain)}, n = {gain.n})")
+            parts.append(f"minus {what}: {es.points(gain.mean)} points ({es.interval_words(gain)}, n = {gain.n})")
     return f"Ensemble accuracy {'; '.join(parts)}." if parts else ""
 
 
@@ -148,19 +138,20 @@ def _heterogeneity(subject: Group, controls: Mapping[str, Group]) -> list[str]:
     control = controls.get("mean_teacher")
     parts = []
     if (subject.num_branches or 1) > 1 and (ours := subject.values("test_disagreement")):
-        text = f"Two branches of EKD disagree on {share(ours.mean)} % of the test images (n = {plural(ours.n, 'run')})"
+        runs = es.plural(ours.n, "run")
+        text = f"Two branches of EKD disagree on {es.share(ours.mean)} % of the test images (n = {runs})"
         if control and (theirs := control.values("test_disagreement")):
             text += "; if all branches imitate the mean teacher, on "
-            text += f"{share(theirs.mean)} % (n = {plural(theirs.n, 'run')})"
+            text += f"{es.share(theirs.mean)} % (n = {es.plural(theirs.n, 'run')})"
         parts.append(f"{text}.")
     if ours := subject.values("test_own_teacher_cka_margin"):
         text = (
             "Linear CKA between a branch's features and its own teacher's, minus that with the other teachers': "
-            f"{_signed(ours.mean)} ({interval_words(ours, _signed)}, n = {plural(ours.n, 'run')})"
+            f"{_signed(ours.mean)} ({es.interval_words(ours, _signed)}, n = {es.plural(ours.n, 'run')})"
         )
         if control and (theirs := control.values("test_one_to_one_cka_margin")):
             text += "; for the same pairs, if all branches imitate the mean teacher, "
-            text += f"{_signed(theirs.mean)} (n = {plural(theirs.n, 'run')})"
+            text += f"{_signed(theirs.mean)} (n = {es.plural(theirs.n, 'run')})"
         parts.append(f"{text}.")
     return parts
 
@@ -176,11 +167,11 @@ def _chance(block: Block, subject: Group) -> str:
             found = subject.minus(group)
             if found is None:
                 return ""
-            spread = f" ± {share(found.std)}" if found.std is not None else ""
+            spread = f" ± {es.share(found.std)}" if found.std is not None else ""
             return (
                 f"Size of chance: EKD minus EKD with its teachers shifted by one branch ({group.label}), which "
-                f"should change nothing, is {points(found.mean)}{spread} points "
-                f"(n = {plural(found.n, 'pair')} of runs)."
+                f"should change nothing, is {es.points(found.mean)}{spread} points "
+                f"(n = {es.plural(found.n, 'pair')} of runs)."
             )
     return ""
 

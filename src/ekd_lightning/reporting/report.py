@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from ekd_lightning.errors import unknown_name
-from ekd_lightning.reporting.answer import Answer, answers, lead, strongest
+from ekd_lightning.reporting.answer import Answer, answer, lead, strongest
 from ekd_lightning.reporting.blocks import Block, blocks
 from ekd_lightning.reporting.details import damage
 from ekd_lightning.reporting.estimates import listed, plural
@@ -81,8 +81,8 @@ class Report:
 
     def references(self, block: Block) -> tuple[str, ...]:
         """Labels of the groups that a block's table compares with: its reference, and the group that represents EKD."""
-        answer = self.answer(block)
-        subject = answer.subject.label if answer and answer.subject else None
+        found = self.answer(block)
+        subject = found.subject.label if found and found.subject else None
         return tuple(dict.fromkeys(filter(None, [self.reference.get(block.key), subject])))
 
     def answer(self, block: Block) -> Answer | None:
@@ -107,7 +107,8 @@ def make_report(collection: Collection, title: str = DEFAULT_TITLE, reference: s
         raise unknown_name("--reference", reference, labels | {one.method for one in groups if one.n})
     damaged = [line for run in collection.runs for line in damage(run)]
     notes = (*collection.problems, *damaged, *_notes(groups, found))
-    return Report(title, collection, tuple(groups), tuple(found), chosen, tuple(answers(found)), notes)
+    answers = tuple(answer(block) for block in found if block.done)
+    return Report(title, collection, tuple(groups), tuple(found), chosen, answers, notes)
 
 
 def machine(provenance: Mapping[str, Any]) -> str:
@@ -223,7 +224,7 @@ def summary(report: Report) -> dict[str, Any]:
                 "protocol": asdict(block.protocol),
                 "teachers": [dict(teacher) for teacher in block.teachers],
                 "reference": report.reference.get(block.key),
-                "answer": _answer(answer) if (answer := report.answer(block)) else None,
+                "answer": _answer(told) if (told := report.answer(block)) else None,
                 "rows": [record(row) for row in report.rows[block.key]],
             }
             for block in report.blocks

@@ -49,13 +49,12 @@ class MetricsCsv(Logger):
         super().__init__()
         self.path = path
         self._writer = BackgroundWriter()
-        self._rows: dict[int, dict[str, str]] = {}
         self._run = RunWriter(path.parent)
         self._written = self._run.curves()
         try:
             stream = io.StringIO((self._written or b"").decode(), newline="")
             rows = [{name: text for name, text in row.items() if text} for row in csv.DictReader(stream)]
-            self._rows = {int(row["step"]): row for row in rows}
+            self._rows: dict[int, dict[str, str]] = {int(row["step"]): row for row in rows}
         except (ValueError, KeyError, AttributeError, csv.Error) as error:
             raise DamagedFileError(f"{path}: damaged ({one_line(error)})") from None
 
@@ -139,8 +138,7 @@ def make_loggers(
         loggers.append(TensorBoardLogger(directory, name="tensorboard", version="", default_hp_metric=False))
     # The agent of a W&B sweep gives this process one run, which is the student's.
     if settings.wandb.enabled and (job_type == STUDENT or not in_wandb_sweep()):
-        made = _wandb(settings.wandb, directory, name=name, sweep=sweep, config=config, job_type=job_type)
-        loggers.append(made)
+        loggers.append(_wandb(settings.wandb, directory, sweep, name=name, config=config, job_type=job_type))
     return loggers
 
 
@@ -158,16 +156,14 @@ class TeacherCurves:
 
 @contextmanager
 def open_curves(
-    curves: TeacherCurves | None, job_type: str, name: str, config: Mapping[str, Any]
+    curves: TeacherCurves | None, job_type: str, name: str, config: dict[str, Any]
 ) -> Iterator[list[Logger]]:
     """Opens the loggers of one training and ends them with the block, as failed if it raises."""
     if curves is None:
         yield []
         return
     directory = curves.directory / "teachers" / name
-    loggers = make_loggers(
-        curves.settings, directory, name=name, sweep=curves.sweep, config=dict(config), job_type=job_type
-    )
+    loggers = make_loggers(curves.settings, directory, name=name, sweep=curves.sweep, config=config, job_type=job_type)
     ended: dict[str, Any] | None = None
     try:
         describe_metrics(loggers)
@@ -177,29 +173,23 @@ def open_curves(
         finish_loggers(loggers, result=ended)
 
 
-def _wandb(
-    settings: WandbSettings, directory: Path, *, name: str, sweep: str | None, config: dict[str, Any], job_type: str
-) -> Logger:
-    # `mode` rather than `offline=`, which would change WANDB_MODE for all later runs of the process.
-    options: dict[str, Any] = {} if settings.mode is None else {"mode": settings.mode}
+def _wandb(settings: WandbSettings, directory: Path, sweep: str | None, **about: Any) -> Logger:
     directory.mkdir(parents=True, exist_ok=True)
     import wandb  # noqa: PLC0415 (slow to import, and only where it is selected)
 
     logger = WandbLogger(
         settings=wandb.Settings(silent=True),  # warnings and errors are still shown
-        name=name,
+        mode=settings.mode,  # rather than `offline=`, which would change WANDB_MODE for all later runs of the process
         id=wandb_run_id(directory),
         resume="allow",
         save_dir=str(directory),
         project=settings.project or os.environ.get("WANDB_PROJECT") or PROJECT,
         entity=settings.entity,  # for None, W&B reads its environment variables
         group=settings.group or os.environ.get("WANDB_RUN_GROUP") or sweep or os.environ.get(_SWEEP_ID),
-        job_type=job_type,
         tags=settings.tags or None,
         notes=settings.notes,
         log_model=settings.log_model,
-        config=config,
-        **options,
+        **about,
     )
     logger._wandb_init.pop("anonymous", None)  # W&B warns of any value
     return logger
@@ -242,7 +232,13 @@ def describe_metrics(loggers: list[Logger], columns: dict[str, Any] | None = Non
     """
     for logger in loggers:
         if isinstance(logger, WandbLogger):
-            run = _started(logger)
+            import wandb  # noqa: PLC0415 (slow to import, and only where it is selected)
+
+            try:
+                run: Any = logger.experiment
+            except wandb.errors.UsageError as error:
+                advice = "`wandb login` logs in, logger.wandb.mode=offline needs no login"
+                raise UserError(f"logger.wandb: {one_line(error)} ({advice})") from None
             if not run.disabled:
                 offline = f"kept in {run.settings.sync_dir}; `make wandb-sync` or `wandb sync` uploads it"
                 log.info("W&B: run %s, %s", run.name, offline if run.offline else run.url)
@@ -254,16 +250,6 @@ def describe_metrics(loggers: list[Logger], columns: dict[str, Any] | None = Non
                     run.define_metric(name, step_metric="epoch", summary=summary)
             if columns:
                 run.config.update(columns, allow_val_change=True)
-
-
-def _started(logger: WandbLogger) -> Any:
-    import wandb  # noqa: PLC0415 (slow to import, and only where it is selected)
-
-    try:
-        return logger.experiment
-    except wandb.errors.UsageError as error:
-        advice = "`wandb login` logs in, logger.wandb.mode=offline needs no login"
-        raise UserError(f"logger.wandb: {one_line(error)} ({advice})") from None
 
 
 _RENAMED = {"method": "method_name", "data": "data_name", "student": "student_network"}
@@ -295,9 +281,7 @@ def finish_loggers(loggers: list[Logger], *, result: Mapping[str, Any] | None) -
             else:
                 logger.finalize("failed" if result is None else "success")
         except Exception:
-            log.exception(
-                "%s failed at the end of the run; the run's own record does not depend on it", type(logger).__name__
-            )
+            log.exception("%s failed at the end of the run, whose record does not depend on it", type(logger).__name__)
 
 
 def _finish_wandb(result: Mapping[str, Any] | None) -> None:
@@ -311,6 +295,5 @@ def _finish_wandb(result: Mapping[str, Any] | None) -> None:
             summary[name] = value
         elif isinstance(value, list) and all(isinstance(item, (int, float)) for item in value):
             summary |= {f"{name}_{k}": item for k, item in enumerate(value)}
-    if summary:
-        wandb.run.summary.update(summary)
+    wandb.run.summary.update(summary)
     wandb.finish(exit_code=1 if result is None else 0)

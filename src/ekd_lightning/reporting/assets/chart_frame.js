@@ -92,7 +92,7 @@ const curveName = (key) =>
 const SHADES = ["#f4f1de", "#a9d5c3", "#4ea5c4"].map((colour, at) => [at / 2, colour]);
 const ON_SHADES = "#191c20";
 
-const points = (mode, name, x, y, more) => ({ type: "scatter", mode, name, x, y, ...more });
+const scatter = (mode, name, x, y, more) => ({ type: "scatter", mode, name, x, y, ...more });
 /** A matrix as coloured cells with a text in each. */
 const heatMap = (x, y, z, scale, more) => ({
   type: "heatmap",
@@ -107,15 +107,11 @@ const heatMap = (x, y, z, scale, more) => ({
   ...more,
 });
 
+const spread = (figure, kind) => (known(figure.low) ? ends(figure, kind) : "too few runs");
 /** The values of a chart as a table; pairs: [name, figure]. */
 const valueTable = (first, pairs, kind = "percent", head = "Accuracy %") => ({
   head: [first, head, "95 % interval", "n"],
-  rows: pairs.map(([name, figure]) => [
-    name,
-    format(figure.mean, kind),
-    known(figure.low) ? ends(figure, kind) : "too few runs",
-    String(figure.n),
-  ]),
+  rows: pairs.map(([name, figure]) => [name, format(figure.mean, kind), spread(figure, kind), String(figure.n)]),
 });
 
 /** A line through places {x, figure} with a band where there are enough runs for intervals; `hover` names a place. */
@@ -125,7 +121,7 @@ function bandTraces(name, places, { colour, dash, symbol }, kind, hover) {
   const scale = kind === "percent" ? 100 : 1;
   const xs = banded.map((place) => place.x);
   const [tops, bottoms] = [high, low].map((end) => banded.map((place) => scale * end(place.figure)));
-  const band = points("lines", undefined, [...xs, ...[...xs].reverse()], [...tops, ...bottoms.reverse()], {
+  const band = scatter("lines", undefined, [...xs, ...[...xs].reverse()], [...tops, ...bottoms.reverse()], {
     line: { width: 0 },
     fill: "toself",
     fillcolor: fade(colour, dark() ? 0.22 : 0.15),
@@ -135,7 +131,7 @@ function bandTraces(name, places, { colour, dash, symbol }, kind, hover) {
   });
   const told = (figure) => `${format(figure.mean, kind)} ${interval(figure, kind)}`;
   const mode = places.length > 60 ? "lines" : "lines+markers";
-  const line = points(mode, legendgroup, places.map((p) => p.x), places.map((p) => scale * p.figure.mean), {
+  const line = scatter(mode, legendgroup, places.map((p) => p.x), places.map((p) => scale * p.figure.mean), {
     legendgroup,
     line: { color: colour, dash, width: 2 },
     marker: { color: colour, symbol, size: places.length > 15 ? 4 : 8 },

@@ -53,24 +53,13 @@ function byCounts({ block }) {
     .sort((a, b) => b.length - a.length)[0];
   if (!best) return { missing: "teachers × branches (needs one method with several counts)" };
   const [teachers, branches] = [distinct(best.map((g) => g.teachers)), distinct(best.map((g) => g.branches))];
-  const cells = teachers.flatMap((m) =>
-    branches.map((k) => ({ m, k, group: best.find((g) => g.teachers === m && g.branches === k) })).filter((c) => c.group),
-  );
-  const matrix = (write, empty) =>
-    teachers.map((m) =>
-      branches.map((k) => {
-        const at = cells.findIndex((cell) => cell.m === m && cell.k === k);
-        return at < 0 ? empty : write(cells[at], at);
-      }),
-    );
-  const values = valueTable("M, K", cells.map((c) => [`M = ${c.m}, K = ${c.k}`, accuracy(c.group)]));
-  const text = (cell, at) => {
-    const [, mean, interval, n] = values.rows[at];
-    return `<b>${mean}</b><br>${interval}<br>n = ${n}`;
-  };
+  const cells = teachers.map((m) => branches.map((k) => best.find((g) => g.teachers === m && g.branches === k)));
+  const matrix = (write, empty) => cells.map((row) => row.map((group) => (group ? write(accuracy(group)) : empty)));
+  const text = (figure) =>
+    `<b>${format(figure.mean, "percent")}</b><br>${spread(figure, "percent")}<br>n = ${figure.n}`;
   return {
     traces: [
-      heatMap(branches, teachers, matrix((cell) => 100 * accuracy(cell.group).mean, null), "accuracy, %", {
+      heatMap(branches, teachers, matrix((figure) => 100 * figure.mean, null), "accuracy, %", {
         text: matrix(text, ""),
         texttemplate: "%{text}",
         hovertemplate: "M = %{y}, K = %{x}<br>%{text}<extra></extra>",
@@ -81,7 +70,10 @@ function byCounts({ block }) {
       margin: { l: 50, r: 10, t: 34, b: 46 },
     }),
     caption: `${best[0].grid}: mean, 95 % interval, n. Empty: no run is done.`,
-    table: values,
+    table: valueTable(
+      "M, K",
+      cells.flat().filter(Boolean).map((g) => [`M = ${g.teachers}, K = ${g.branches}`, accuracy(g)]),
+    ),
   };
 }
 

@@ -9,7 +9,7 @@ function binsTrace(name, bins, colour, symbol) {
       `${(100 * b.share).toFixed(1)} % of the images`,
     ].join("<br>");
   const accuracies = bins.map((b) => b.accuracy);
-  return points("lines+markers", name, bins.map((b) => b.confidence), accuracies.map((one) => one.mean), {
+  return scatter("lines+markers", name, bins.map((b) => b.confidence), accuracies.map((one) => one.mean), {
     error_y: bars(accuracies, colour, 1),
     line: { color: colour, width: 1.5 },
     marker: { symbol, size: bins.map((b) => 5 + 11 * Math.sqrt(b.share)), color: colour },
@@ -33,7 +33,7 @@ function reliability({ row }) {
   const line = (name, b) => [name, b.confidence.toFixed(3), b.accuracy.mean.toFixed(3), `${(100 * b.share).toFixed(1)} %`];
   return {
     traces: [
-      points("lines", "calibrated", [0, 1], [0, 1], dashes),
+      scatter("lines", "calibrated", [0, 1], [0, 1], dashes),
       ...both.map(([name, bins], at) => binsTrace(name, bins, ...styles[at])),
     ],
     layout: layout(axis("confidence", { range: [0, 1.02] }), axis("accuracy", { range: [0, 1.02] })),

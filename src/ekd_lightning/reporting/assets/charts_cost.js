@@ -33,7 +33,7 @@ function prefixPoints(row, field) {
 
 function settingTrace({ group, x, y, at }, marks, named) {
   const lines = [inert(group.label), `${y.toFixed(2)} % ${interval(accuracy(group))}`, `${x.toFixed(2)} M`];
-  return points("markers", inert(group.label), [at], [y], {
+  return scatter("markers", inert(group.label), [at], [y], {
     showlegend: named,
     error_y: bars([accuracy(group)], marks.colour),
     marker: { color: marks.colour, symbol: marks.symbol, size: 10 },
@@ -46,7 +46,7 @@ function prefixTrace(row, prefixes, colour) {
   const hoverText = ({ branches, figure }) =>
     `${branches} of ${prefixes.length} branches<br>${format(figure.mean, "percent")} % ${interval(figure)}`;
   const name = inert(`first j branches of ${row.label}`);
-  return points("lines+markers", name, prefixes.map((p) => p.x), figures.map((f) => 100 * f.mean), {
+  return scatter("lines+markers", name, prefixes.map((p) => p.x), figures.map((f) => 100 * f.mean), {
     text: prefixes.map(hoverText),
     error_y: bars(figures, colour),
     line: { color: colour, width: 1.5, dash: "dot" },
@@ -63,7 +63,7 @@ function exitTrace(row, exits, colour) {
       `${format(e.accuracy.mean, "percent")} % ${interval(e.accuracy)}`,
     ].join("<br>");
   const [costs, means] = [exits.map((e) => MILLION * e.macs), exits.map((e) => 100 * e.accuracy.mean)];
-  return points("lines", inert(`early exit, ${row.label}`), costs, means, {
+  return scatter("lines", inert(`early exit, ${row.label}`), costs, means, {
     text: exits.map(hoverText),
     line: { color: colour, width: 1.5 },
     hovertemplate: "%{text}<br>%{x:.2f} M<extra></extra>",
@@ -72,7 +72,7 @@ function exitTrace(row, exits, colour) {
 
 function frontTrace(front) {
   const line = { color: style("--edge"), width: 1.5, dash: "dash", shape: "hv" };
-  return points("lines", "Pareto front", front.map((p) => p.x), front.map((p) => p.y), { hoverinfo: "skip", line });
+  return scatter("lines", "Pareto front", front.map((p) => p.x), front.map((p) => p.y), { hoverinfo: "skip", line });
 }
 
 function byCost({ block, lineStyle, row, cost }) {

@@ -5,7 +5,7 @@ function partTrace(have, place, { name, symbol, size, colour, pick, part = null 
   const some = have.filter((group) => pick(group));
   const figures = some.map(pick);
   const hoverText = (f, at) => `${inert(some[at].label)}<br>${name}: ${format(f.mean, "percent")} % ${interval(f)}`;
-  return points("markers", name, figures.map((f) => 100 * f.mean), some.map((group) => place(group, part)), {
+  return scatter("markers", name, figures.map((f) => 100 * f.mean), some.map((group) => place(group, part)), {
     error_x: bars(figures, colour),
     marker: { symbol, size, color: colour, line: { width: 1, color: colour } },
     text: figures.map(hoverText),
