@@ -7,8 +7,8 @@ from hydra import compose, initialize_config_module
 from whole_runs import call_train
 
 from ekd_lightning.config.config import compose_settings, register_schema
-from ekd_lightning.config.edge import users_files_first
-from ekd_lightning.config.internals import initialized
+from ekd_lightning.config.edge import make_parser, run_command
+from ekd_lightning.config.internals import initialized, users_files_first
 
 OWN = "name: mine\nterms:\n  ce_ensemble: {weight: 3.0}\n"
 
@@ -38,3 +38,19 @@ def test_it_wins_where_studies_and_sweeps_compose(folder):
     with users_files_first([word]), initialize_config_module("ekd_lightning.conf", version_base="1.3"):
         assert compose("train", overrides=["method=ekd", word]).method.name == "mine"
         assert compose("train", overrides=["method=ce"]).method.name == "ce"
+
+
+def test_it_wins_in_every_trial_of_a_search_wherever_that_works(folder, tmp_path, monkeypatch):
+    """As in all that commands with options compose."""
+    names: list[str] = []
+
+    def body(args) -> None:
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        names.append(compose_settings("method=ekd").method.name)
+
+    parser = make_parser("ekd-tune", "", "")
+    parser.add_argument("overrides", nargs="*")
+    monkeypatch.chdir(folder.parent)
+    run_command(parser, body, [f"hydra.searchpath=[{folder.name}]"], level=None)
+    assert names == ["mine"]

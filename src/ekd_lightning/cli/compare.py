@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from ekd_lightning.config.commands import print_next, report_command, typed
 from ekd_lightning.config.config import register_schema
-from ekd_lightning.config.edge import make_parser, run_command, users_files_first
+from ekd_lightning.config.edge import make_parser, run_command
 from ekd_lightning.config.overrides import anchored, anchored_search, check_typed, key_of, shell_word
 from ekd_lightning.errors import UserError
 from ekd_lightning.progress import importing, phase, session
@@ -109,16 +109,15 @@ def run_compare(args: argparse.Namespace) -> bool:
         return _report(args, declared)
     if args.methods is None and declared is None and folder.exists():
         _refuse(args, ("match", "no_controls", "tuned"), "applies to rows that are added; name them with --methods")
-    common, hydra_words = _split_words(args.overrides)
+    check_typed(args.overrides)
+    common, hydra_words = split_overrides(args.overrides)
+    common, hydra_words = tuple(map(anchored, common)), tuple(map(anchored_search, hydra_words))
     search = [word for word in hydra_words if key_of(word) == "hydra.searchpath"]
     again = " ".join([f"{PROGRAM} --output {typed(folder)}", *map(shell_word, (*search, *filter(names_code, common)))])
     if declared:
         again = " ".join(map(shell_word, (PROGRAM, *sys.argv[1:])))
     since = now()
-    with (
-        users_files_first(hydra_words),
-        initialize_config_module("ekd_lightning.conf", version_base="1.3", job_name="train"),
-    ):
+    with initialize_config_module("ekd_lightning.conf", version_base="1.3", job_name="train"):
         if hydra_words:
             _compose(hydra_words, [])  # refuses an unknown launcher before anything is planned
         planned = _plan(args, declared, common, partial(_compose, search))
@@ -135,13 +134,6 @@ def run_compare(args: argparse.Namespace) -> bool:
     studies = {place: study if declared else read_study(place) or study for place, (study, _) in planned.items()}
     print_next(report_command([folder], folder / "report"), *_following(studies, declared, again, complete=complete))
     return complete
-
-
-def _split_words(words: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The overrides of the runs and those of Hydra, checked, with absolute paths."""
-    check_typed(words)
-    common, hydra_words = split_overrides(words)
-    return tuple(map(anchored, common)), tuple(map(anchored_search, hydra_words))
 
 
 def _following(

@@ -51,11 +51,16 @@ def register_schema() -> None:
     ConfigStore.instance().store(name="ekd_schema", node=schema)
 
 
-def compose_settings(*overrides: str) -> Settings:
-    """Composes typed settings as `ekd-train` would, for notebooks and scripts, e.g. from "data.fraction=0.1"."""
+def compose_config(*overrides: str) -> DictConfig:
+    """Composes a configuration as `ekd-train` would."""
     register_schema()
     with initialize_config_module("ekd_lightning.conf", version_base="1.3"):
-        return to_settings(compose("train", overrides=list(overrides)))
+        return compose("train", overrides=list(overrides))
+
+
+def compose_settings(*overrides: str) -> Settings:
+    """Composes typed settings as `ekd-train` would, for notebooks and scripts, e.g. from "data.fraction=0.1"."""
+    return to_settings(compose_config(*overrides))
 
 
 def to_settings(cfg: DictConfig) -> Settings:
@@ -90,45 +95,49 @@ def warn_without_effect(keys: Sequence[str], jobs: Iterable[Settings]) -> None:
 
     The settings of the jobs are read only as far as needed.
     """
-    lines: dict[str, str] | None = None
-    for settings in jobs:
+
+    def lines(settings: Settings) -> dict[str, str]:
         facts = {}
         if "teachers.count" in keys:  # has an effect only in methods with teachers
             from ekd_lightning.methods import needs_teachers  # noqa: PLC0415 (slow; --help needs none)
 
             facts["method.name"] = needs_teachers(settings.method.terms)
-        found = without_effect(settings, keys, facts)
-        lines = found if lines is None else {key: line for key, line in lines.items() if key in found}
-        if not lines:
-            return
-    for line in (lines or {}).values():
-        warnings.warn(line, stacklevel=2)
+        return without_effect(settings, keys, facts)
+
+    _warn_of_all(map(lines, jobs))
 
 
 def warn_of_idle_terms(jobs: Iterable[Sequence[str]], compose: Callable[[Sequence[str]], DictConfig]) -> None:
-    """Warns of terms that overrides give the weight 0, and that the method of no job has.
+    """Warns of terms that the overrides of all jobs give the weight 0, and that the method of no job has.
 
-    Args:
-        jobs: The overrides of each job; read only as far as needed.
-        compose: Composes overrides.
+    The jobs are read only as far as needed.
     """
     from ekd_lightning.methods.terms import TERMS  # noqa: PLC0415 (slow; --help and --cfg need none)
 
-    idle: dict[str, str] | None = None
-    for words in jobs:
-        found = {word: match[1] for word in words if (match := _NO_WEIGHT.fullmatch(word))}
-        given = {word: name for word, name in found.items() if idle is None or word in idle}
+    def lines(words: Sequence[str]) -> dict[str, str]:
+        given = {word: match[1] for word in words if (match := _NO_WEIGHT.fullmatch(word))}
         if not given:
-            return
+            return {}
         method = compose([word for word in words if word not in given]).method
         lacks, has = f"has no effect: {method.name} has no term", ", ".join(method.terms)
-        idle = {
+        return {
             word: f"{word} {lacks} {name}; its terms are {has}"
             for word, name in given.items()
             if name not in method.terms and name in TERMS  # the method refuses other names
         }
-    for line in (idle or {}).values():
-        warnings.warn(line, stacklevel=2)
+
+    _warn_of_all(map(lines, jobs))
+
+
+def _warn_of_all(jobs: Iterable[dict[str, str]]) -> None:
+    """Warns of what is found in every job, given as lines by their subjects; those of the last job are shown."""
+    common: dict[str, str] = {}
+    for number, found in enumerate(jobs):
+        common = {key: line for key, line in found.items() if number == 0 or key in common}
+        if not common:
+            return
+    for line in common.values():
+        warnings.warn(line, stacklevel=3)
 
 
 def to_plain(cfg: DictConfig) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from ekd_lightning.config.config import resolved, to_plain, write_config
-from ekd_lightning.config.edge import ending_callback
+from ekd_lightning.config.edge import ending_callback, restored_environment
 from ekd_lightning.config.overrides import config_flags, literal, override
 from ekd_lightning.errors import UserError, reason
 from ekd_lightning.files import DamagedFileError
@@ -225,18 +225,14 @@ def passed_to_ranks(directory: Path) -> Iterator[None]:
     if started_by_others():
         yield
         return
-    environment = {key: os.environ.get(key) for key in _LAUNCH_ENV}
-    os.environ[DIRECTORY] = str(directory)
-    try:
-        yield
-    finally:
-        dist = sys.modules.get("torch.distributed")  # a job that was refused early has not imported it
-        if dist is not None and dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
-        for key, value in environment.items():
-            os.environ.pop(key, None)
-            if value is not None:
-                os.environ[key] = value
+    with restored_environment(*_LAUNCH_ENV):
+        os.environ[DIRECTORY] = str(directory)
+        try:
+            yield
+        finally:
+            dist = sys.modules.get("torch.distributed")  # a job that was refused early has not imported it
+            if dist is not None and dist.is_available() and dist.is_initialized():
+                dist.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -340,17 +336,14 @@ class JobOutput:
     @contextlib.contextmanager
     def anchored(self) -> Iterator[None]:
         """Works in the directory in which the run was first started, whatever hydra.job.chdir says."""
-        before = Path.cwd()
-        os.chdir(self._anchor())
-        try:
-            yield
-        finally:
-            os.chdir(before)
-
-    def _anchor(self) -> Path:
+        before, place = Path.cwd(), self.original
         if self.cfg.get("resume") is not None:
             with contextlib.suppress(DamagedFileError):
                 recorded = RunDirectory(self.directory).provenance().get("working_directory")
                 if isinstance(recorded, str) and os.path.isdir(recorded):
-                    return Path(recorded)
-        return self.original
+                    place = Path(recorded)
+        os.chdir(place)
+        try:
+            yield
+        finally:
+            os.chdir(before)

@@ -55,10 +55,11 @@ def run_command(
 
     Arguments of None are those of the process. A level of None leaves logging unchanged.
     """
-    args = parser.parse_intermixed_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    args = parser.parse_intermixed_args(words)
     if level is not None:
         logging.basicConfig(level=level, handlers=[ConsoleLines(sys.stderr)])
-    with one_line(parser.prog), terminated_as_interrupted(), _started_here(), _shown():
+    with one_line(parser.prog), terminated_as_interrupted(), _started_here(), _shown(), _users_files_first(words):
         complete = body(args)
     if complete is False:
         sys.exit(1)
@@ -98,12 +99,12 @@ def run_program(program: str, body: Callable[[], object]) -> None:
 
         internals.hide_from_help("study")  # declared studies, for ekd-compare --study
     with (
-        one_line(program), terminated_as_interrupted(), _started_here(), _shown(), users_files_first(sys.argv[1:])
+        one_line(program), terminated_as_interrupted(), _started_here(), _shown(), _users_files_first(sys.argv[1:])
     ):  # fmt: skip
         body()
 
 
-def users_files_first(words: Sequence[str]) -> contextlib.AbstractContextManager[None]:
+def _users_files_first(words: Sequence[str]) -> contextlib.AbstractContextManager[None]:
     """Prefers configuration files in folders that a command line names to the package's files of the same names."""
     if not any(word.startswith(("--config-dir", "-cd")) or "hydra.searchpath" in word for word in words):
         return contextlib.nullcontext()
@@ -244,15 +245,22 @@ def logged_as_by_commands() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _started_here() -> Iterator[None]:
-    if os.environ.get(STARTED_IN):  # by the process that started this one
-        yield
-        return
-    os.environ[STARTED_IN] = os.getcwd()
+def restored_environment(*names: str) -> Iterator[None]:
+    """Gives environment variables, at the end of the block, the values that they had before it."""
+    before = {name: os.environ.get(name) for name in names}
     try:
         yield
     finally:
-        os.environ.pop(STARTED_IN, None)
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            os.environ.update({} if value is None else {name: value})
+
+
+@contextlib.contextmanager
+def _started_here() -> Iterator[None]:
+    with restored_environment(STARTED_IN):
+        os.environ[STARTED_IN] = os.environ.get(STARTED_IN) or os.getcwd()  # kept where a parent has set it
+        yield
 
 
 class _Termination:

@@ -31,7 +31,7 @@ def initialized(config_dir: str | None) -> Iterator[None]:
     """Initialises Hydra with the package's configuration and the user's folder or address, as `--config-dir` does."""
     path = create_config_search_path("pkg://ekd_lightning.conf")
     if config_dir is not None:
-        path.prepend("command-line", config_dir if "://" in config_dir else f"file://{config_dir}", "main")
+        path.prepend("command-line", _address(config_dir), "main")
     Hydra.create_main_hydra2(task_name="train", config_search_path=path)
     try:
         yield
@@ -46,7 +46,7 @@ class _UsersFoldersFirst(SearchPathPlugin):
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         for folder in reversed(self.folders):
-            search_path.prepend("user", folder if "://" in folder else f"file://{os.path.abspath(folder)}", "main")
+            search_path.prepend("user", folder, "main")
 
 
 @contextlib.contextmanager
@@ -65,15 +65,22 @@ def users_files_first(words: Sequence[str]) -> Iterator[None]:
 
 
 def _users_folders(words: Sequence[str]) -> Iterator[str]:
-    """The folders of `--config-dir` and `hydra.searchpath`; words that Hydra cannot read are left to its own check."""
+    """The addresses of folders of `--config-dir` and `hydra.searchpath`, relative ones resolved from here.
+
+    Words that Hydra cannot read are left to its own check.
+    """
     for word, following in zip(words, [*words, ""][1:], strict=True):
         key, _, value = word.partition("=")
         if key in ("--config-dir", "-cd") and (folder := value or following):
-            yield folder
+            yield _address(folder)
         elif key.lstrip("+") == "hydra.searchpath":
             with contextlib.suppress(HydraException):
                 found = OverridesParser.create().parse_override(word).value()
-                yield from (str(one) for one in (found if isinstance(found, list) else [found]) if one)
+                yield from (_address(str(one)) for one in (found if isinstance(found, list) else [found]) if one)
+
+
+def _address(folder: str) -> str:
+    return folder if "://" in folder else f"file://{os.path.abspath(folder)}"
 
 
 def options_of(group: str) -> list[str]:

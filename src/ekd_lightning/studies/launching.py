@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ekd_lightning.config import internals
-from ekd_lightning.config.edge import is_interrupt
+from ekd_lightning.config.edge import is_interrupt, restored_environment
 from ekd_lightning.config.overrides import override
 from ekd_lightning.progress import readable
 from ekd_lightning.runs.collection import RunEntry
@@ -94,25 +94,22 @@ def working_in(directory: str) -> Iterator[None]:
 
     An empty or missing directory changes nothing.
     """
-    before, safe = Path.cwd(), os.environ.get(_SAFE_PATH)
-    # The directory comes from a record, and `python -m`, which launchers start, would import modules from it.
-    os.environ[_SAFE_PATH] = "1"
-    if sys.version_info >= (3, 11) and os.path.isdir(directory):
-        os.chdir(directory)
-    elif os.path.isdir(directory) and not os.path.samefile(directory, before):
-        log.warning(
-            "%s: relative paths are not resolved from this directory, where the sweep was started, because Python 3.10 "
-            "would import modules from it; they are resolved from the current directory",
-            directory,
-        )
-    try:
-        yield
-    finally:
-        os.chdir(before)
-        if safe is None:
-            os.environ.pop(_SAFE_PATH, None)
-        else:
-            os.environ[_SAFE_PATH] = safe
+    before = Path.cwd()
+    with restored_environment(_SAFE_PATH):
+        # The directory comes from a record, and `python -m`, which launchers start, would import modules from it.
+        os.environ[_SAFE_PATH] = "1"
+        if sys.version_info >= (3, 11) and os.path.isdir(directory):
+            os.chdir(directory)
+        elif os.path.isdir(directory) and not os.path.samefile(directory, before):
+            log.warning(
+                "%s: relative paths are not resolved from this directory, where the sweep was started, because Python "
+                "3.10 would import modules from it; they are resolved from the current directory",
+                directory,
+            )
+        try:
+            yield
+        finally:
+            os.chdir(before)
 
 
 def _words(job: Job, folder: Path) -> list[str]:
@@ -180,11 +177,8 @@ def _is_our_child(pid: int) -> bool:
 def seconds_left(durations: Sequence[float], ages: Sequence[float], waiting: int, workers: int) -> float | None:
     """Estimates the seconds until the last job ends from the mean duration of those that ended; None without any.
 
-    Args:
-        durations: Seconds that ended jobs took.
-        ages: Seconds since each running job was started.
-        waiting: Jobs that were not started yet.
-        workers: Jobs that run at a time, at least 1.
+    `ages` are the seconds since each running job was started, `waiting` jobs were not started yet, and `workers` run at
+    a time.
     """
     if not durations:
         return None
@@ -196,12 +190,8 @@ def seconds_left(durations: Sequence[float], ages: Sequence[float], waiting: int
 class Progress:
     """Watches the files of a sweep's jobs and reports each job that ended.
 
-    The jobs may run in any process of any machine that shares the folder.
-
-    Args:
-        sweep: The sweep, with all its jobs.
-        say: Prints a line.
-        since: Start of this launch, ISO 8601; jobs that failed or stopped earlier count as not yet run.
+    The jobs may run in any process of any machine that shares the folder. Those that failed or stopped before `since`,
+    the start of this launch in ISO 8601, count as not yet run. `say` prints a line.
     """
 
     def __init__(self, sweep: Sweep, say: Callable[[Text], None], since: str = "") -> None:

@@ -16,20 +16,18 @@ from typing import Any
 
 import optuna
 import pytorch_lightning as pl
-from hydra import compose, initialize_config_module
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState
 from pytorch_lightning.callbacks import Callback
 
 from ekd_lightning.config.config import (
     build_callbacks,
+    compose_config,
     compose_settings,
-    register_schema,
     to_plain,
     to_settings,
     warn_without_effect,
 )
-from ekd_lightning.config.edge import users_files_first
 from ekd_lightning.config.overrides import key_of, override
 from ekd_lightning.errors import UserError
 from ekd_lightning.pipeline.prepare import Prepared, describe_run
@@ -85,9 +83,7 @@ def tune(
         UserError: For a user's mistake.
     """
     base = [*overrides, *([] if epochs is None else [f"recipe.epochs={epochs}"])]
-    register_schema()
-    with users_files_first(base), initialize_config_module("ekd_lightning.conf", version_base="1.3"):
-        cfg = compose("train", overrides=base)
+    cfg = compose_config(*base)
     settings, plain = to_settings(cfg), to_plain(cfg)
     given = None if space_file is None else read_space(space_file)
     check_directory(output)
@@ -116,10 +112,18 @@ def tune(
 
 def _facts(settings: Settings, prepared: Prepared, space: SearchSpace) -> dict[str, Any]:
     """What the result of a search says about it, besides its method, budget and seeds."""
+    shared = asdict(Protocol.of(describe_run(settings, prepared)))
+    protocol = {
+        **{name: value for name, value in shared.items() if value is not None},
+        "val_fraction": settings.data.val_fraction,
+        "student": settings.student.network,
+        "branches": prepared.student.num_branches,
+        "teachers": [plan.id for plan in prepared.candidates or prepared.teachers],
+    }
     return {
         "scored_on": SCORED_ON,
         "validation_images": prepared.datamodule.num_val_images,
-        "protocol": _protocol(settings, prepared),
+        "protocol": protocol,
         "space": describe_space(space),
     }
 
@@ -172,18 +176,6 @@ def check_space(base: list[str], space: SearchSpace) -> None:
     for position in range(max(len(values) for values in probes.values())):
         words = [override(key, values[position % len(values)]) for key, values in probes.items()]
         _prepare(compose_settings(*_with(base, words)))
-
-
-def _protocol(settings: Settings, prepared: Prepared) -> dict[str, Any]:
-    """The protocol of a search, for its result: data, length, student and teachers."""
-    shared = asdict(Protocol.of(describe_run(settings, prepared)))
-    return {
-        **{name: value for name, value in shared.items() if value is not None},
-        "val_fraction": settings.data.val_fraction,
-        "student": settings.student.network,
-        "branches": prepared.student.num_branches,
-        "teachers": [plan.id for plan in prepared.candidates or prepared.teachers],
-    }
 
 
 def run_trials(

@@ -17,6 +17,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from ekd_lightning.config.edge import restored_environment
+
 log = logging.getLogger(__name__)
 
 LAUNCHER = "shared_gpu"
@@ -65,22 +67,20 @@ def mps_service() -> Iterator[str | None]:
     if _problem_of(os.environ, control, text="get_server_list\n") is None:
         yield None
         return
-    with tempfile.TemporaryDirectory(prefix="ekd-mps-", ignore_cleanup_errors=True) as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix="ekd-mps-", ignore_cleanup_errors=True) as folder,
+        restored_environment(_PIPE, _LOG, _DEVICES),
+    ):
         own = {_PIPE: f"{folder}/pipe", _LOG: f"{folder}/log"}
         for path in own.values():
             Path(path).mkdir()
         service = {**os.environ, **own}
-        before = {name: os.environ.get(name) for name in (*own, _DEVICES)}
         try:
             problem = _problem_of(service, control, "-d")
             if problem is None:
-                os.environ.update(own)
-                os.environ.update(_devices_of_clients())
+                os.environ.update(own | _devices_of_clients())
             yield problem
         finally:
-            for name, value in before.items():
-                os.environ.pop(name, None)
-                os.environ.update({} if value is None else {name: value})
             _problem_of(service, control, text="quit -t 5\n")
 
 
