@@ -83,14 +83,9 @@ def _command(args: argparse.Namespace, *, report: bool) -> str:
 
 
 def save(view: Any, place: str) -> str:
-    """Sends a workspace or a report to W&B; nothing else in the package does.
+    """Sends a workspace or a report to W&B, as nothing else in the package does, and returns its address.
 
-    Args:
-        view: The workspace or report.
-        place: `entity/project`, for the message.
-
-    Returns:
-        The address of the saved view.
+    Messages name the place, `entity/project`.
 
     Raises:
         UserError: Without a login, without a network, or if W&B refuses.

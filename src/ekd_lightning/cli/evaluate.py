@@ -153,11 +153,11 @@ def choose_device(name: str) -> torch.device:
     """
     import torch  # noqa: PLC0415
 
+    from ekd_lightning.teachers.hardware import device_type_of  # noqa: PLC0415
+
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA device, or PyTorch does not see it")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    return torch.device(device_type_of(name))
 
 
 def _evaluate(

@@ -95,9 +95,7 @@ def _hydra_main(cfg: DictConfig) -> float | None:
 def run_job(cfg: DictConfig, program: str | None = None) -> float | None:
     """Runs the job that Hydra has set up, single or of a sweep, with output in its own directory.
 
-    Args:
-        cfg: The job's configuration.
-        program: File that other ranks run for this job; None for that of the command that was called.
+    Other ranks run the file `program` for it; None stands for that of the command that was called.
     """
     output = JobOutput(cfg)
     with output.anchored(), ddp_reruns_this_job(output.directory, program):
@@ -115,11 +113,8 @@ def run_listed_job(cfg: DictConfig) -> float | None:
 def run_shared_job(cfg: DictConfig, since: str = "") -> float | None:
     """Runs one job of a study on which other processes may work; skips jobs that they are running or have finished.
 
-    A run that another process started and left is continued from its last checkpoint.
-
-    Args:
-        cfg: The job's configuration.
-        since: Time of the plan, ISO 8601: a job that failed later failed in another process and is skipped, too.
+    A run that another process started and left is continued from its last checkpoint. `since` is the time of the plan,
+    ISO 8601: a job that failed later failed in another process and is skipped, too.
     """
     directory = JobOutput(cfg).directory
     if not is_rank_zero():
@@ -231,10 +226,7 @@ def sweep_name() -> str | None:
 def show_result(result: Result, directory: Path, code: Sequence[str]) -> None:
     """Prints accuracies and costs of the student and its teachers, and the next commands.
 
-    Args:
-        result: The result of the run.
-        directory: Its directory.
-        code: Overrides that name the run's own code, which the user has trusted by starting the run.
+    These repeat the overrides `code` that name the run's own code, which the user has trusted by starting the run.
     """
     rows: list[tuple[str, float | None, Mapping[str, Any]]] = [
         ("student: the ensemble" if result.num_branches != 1 else "student", result.test_accuracy, result)

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from enum import Enum
 from pathlib import Path
@@ -54,17 +54,21 @@ class ForeignRecordError(UserError):
     """A file that is no record of this package, or a record of a version that this one does not read."""
 
 
-def require_format(path: Path, content: Mapping[str, Any]) -> None:
-    """Checks a record's format number; a record without one is of version 0.1.
+def read_record(path: Path) -> dict[str, Any]:
+    """Reads a record with a format number; one without is of version 0.1.
 
     Raises:
+        DamagedFileError: If it is damaged or half-written.
         ForeignRecordError: If it is no record of this package, or a record of a newer version.
+        FileNotFoundError: If there is no such file.
     """
+    content = read_json(path)
     version = content.get("format", 1)
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
         raise ForeignRecordError(f"{path}: not a record of this package (format {version!r})")
     if version > FORMAT:
         raise ForeignRecordError(f"{path}: written by a newer version (format {version}; 1 to {FORMAT} are read)")
+    return content
 
 
 class Record(NamedTuple):
@@ -218,14 +222,13 @@ class RunDirectory:
         return found.result
 
     def _read(self, name: str) -> dict[str, Any] | None:
-        """Reads a record with a format number; None without the file."""
+        """Reads one of its records; None without the file."""
         path = self.path / name
         try:
-            content = read_json(path)
+            content = read_record(path)
         except FileNotFoundError:
             return None
         self.require_own(path, content.pop("run", None))
-        require_format(path, content)
         return content
 
     @property

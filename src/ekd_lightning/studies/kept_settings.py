@@ -45,13 +45,7 @@ def refuse_changed(sweep: Sweep, states: Sequence[JobState], hydra_words: Sequen
     """Refuses to go on with configuration files that give a job other settings than those it was run with.
 
     Another version of the package may bring other files. An override that is not free is taken if it restores the
-    settings on record and changes all jobs alike.
-
-    Args:
-        sweep: The sweep that goes on.
-        states: Its jobs on disk.
-        hydra_words: Overrides of Hydra.
-        extra: Further overrides of the runs.
+    settings on record and changes all jobs alike. `extra` are the further overrides of the runs.
 
     Raises:
         UserError: Naming the job, the keys that differ, and the overrides to add; or an override that is not taken.

@@ -6,7 +6,7 @@ import json
 import logging
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -34,7 +34,7 @@ from ekd_lightning.settings import Settings, is_free
 from ekd_lightning.studies.checking import check_job, read_teachers
 from ekd_lightning.studies.cost import remaining_cost, training_cost
 from ekd_lightning.studies.rows import plan_rows, with_tuned
-from ekd_lightning.studies.study import MATCHES, RUNS, Composer, RowPlan, Study, continued, read_run, union
+from ekd_lightning.studies.study import MATCHES, RUNS, Composer, RowPlan, Study, continued, every_run, read_runs, union
 from ekd_lightning.studies.sweep import Job
 
 if TYPE_CHECKING:
@@ -111,71 +111,60 @@ def plan(study: Study, folder: Path, compose: Composer, *, retry_failed: bool) -
     Raises:
         UserError: If a row cannot be run, or a directory holds a run with another configuration.
     """
-    found = _Runs(study, folder, compose, retry_failed=retry_failed)
+    found = read_runs(study, folder)
+    every = every_run(found)
+    running = sum(run.state is RunState.RUNNING for run in every)
+    skipped = [] if retry_failed else [run for run in every if run.state is RunState.FAILED]
+    checked = _Runs(study, compose)
     # Rows are counted, as the further seeds of a checked row take no time.
     for fraction, row in track(list(product(study.fractions, study.rows)), "checking", "rows"):
-        found.add(row, fraction)
-    found.check_together()
-    jobs = found.jobs()
-    others = f", {found.running} left to other processes, which are running them" if found.running else ""
+        checked.add(row, fraction, found[fraction][row.name], skipped)
+    checked.check_together()
+    jobs = checked.jobs()
+    others = f", {running} left to other processes, which are running them" if running else ""
     again = sum(job.resumed for job in jobs)
-    total = len(study.fractions) * sum(len(study.seeds_of(row)) for row in study.rows)
-    log.info("%d runs in the study, %d to be run (%d of them resumed)%s", total, len(jobs), again, others)
-    for one in found.left:
+    log.info("%d runs in the study, %d to be run (%d of them resumed)%s", len(every), len(jobs), again, others)
+    for one in skipped:
         log.warning("%s failed earlier and is skipped: %s (--retry-failed runs it again)", one.name, one.error)
-    _warn_of_other_machines(found.done)
-    if left := sorted(path.name for path in (folder / RUNS).glob("*-f*-s*") if path not in found.directories):
+    _warn_of_other_machines([run for run in every if run.is_over])
+    known = {run.directory for run in every}
+    if left := sorted(path.name for path in (folder / RUNS).glob("*-f*-s*") if path not in known):
         log.warning("%s: holds runs that are not in the study: %s", folder / RUNS, few(left))
     return jobs
 
 
 class _Runs:
-    """The runs of a study by what is to be done with them: done, running elsewhere, left out, and jobs."""
+    """The runs of a study: those on record are compared with its configuration, and the others become jobs."""
 
-    def __init__(self, study: Study, folder: Path, compose: Composer, *, retry_failed: bool) -> None:
-        self._study, self._folder, self._compose, self._retry_failed = study, folder, compose, retry_failed
-        self.done, self.left, self.running = list[RunEntry](), list[RunEntry](), 0
-        self.directories: set[Path] = set()
+    def __init__(self, study: Study, compose: Composer) -> None:
+        self._study, self._compose = study, compose
         self._jobs: list[tuple[tuple[float, int, int], Job]] = []
         self._recorded, self._checked, self._teachers = list[RunEntry](), list[Settings](), set[str]()
         self._images: dict[float | None, tuple[Settings, Dataset, Unlabelled | None]] = {}
         self._free = [word for word in study.common if may_be_given(word)]
 
-    def add(self, row: RowPlan, fraction: float) -> None:
+    def add(self, row: RowPlan, fraction: float, runs: Mapping[int, RunEntry], skipped: Sequence[RunEntry]) -> None:
         """Adds the runs of a row at a share of the images; refuses a row that cannot be run, or an other run there."""
-        seeds = self._study.seeds_of(row)
-        config = self._compose(overrides=self._study.words(row, fraction, seeds[0]))
+        config = self._compose(overrides=self._study.words(row, fraction, next(iter(runs))))
         settings = to_settings(config)
         settings.check()
         whole: dict[str, int] | None = None
-        for seed in seeds:
-            found, words = read_run(self._folder, row.name, fraction, seed), self._study.words(row, fraction, seed)
-            self.directories.add(found.directory)
-            failed = found.state is RunState.FAILED
-            keeps = found.is_over or found.state is RunState.STOPPED
-            keeps |= failed and found.on_disk.last_checkpoint.is_file()
-            if keeps and found.on_disk.file(CONFIG) is not None:
-                _check_configuration(found.directory, to_plain(self._compose(overrides=words)))
-                self._recorded.append(found)
-            if found.is_over:
-                self.done.append(found)
-            elif found.state is RunState.RUNNING:
-                self.running += 1
-            elif failed and not self._retry_failed:
-                self.left.append(found)
-            else:
-                if whole is None:
-                    whole = self._check(row, settings)
-                job = self._job(found, row, words, settings, whole)
-                self._jobs.append(((fraction, seed, -len(config.method.terms)), job))
-
-    def _job(
-        self, found: RunEntry, row: RowPlan, words: Sequence[str], settings: Settings, whole: dict[str, int]
-    ) -> Job:
-        resumed = found.on_disk.can_resume()
-        own = tuple(_resumed_words(found.directory, self._free) if resumed else words)
-        cost = remaining_cost(found, settings, whole) if resumed else whole
-        return Job(found.directory, own, resumed, row.name, **cost)
+        for seed, run in runs.items():
+            words = self._study.words(row, fraction, seed)
+            keeps = run.is_over or run.state is RunState.STOPPED
+            keeps |= run.state is RunState.FAILED and run.on_disk.last_checkpoint.is_file()
+            if keeps and run.on_disk.file(CONFIG) is not None:
+                _check_configuration(run.directory, to_plain(self._compose(overrides=words)))
+                self._recorded.append(run)
+            if run.is_over or run.state is RunState.RUNNING or run in skipped:
+                continue
+            if whole is None:
+                whole = self._check(row, settings)
+            resumed = run.on_disk.can_resume()
+            own = tuple(_resumed_words(run.directory, self._free) if resumed else words)
+            cost = remaining_cost(run, settings, whole) if resumed else whole
+            job = Job(run.directory, own, resumed, row.name, **cost)
+            self._jobs.append(((fraction, seed, -len(config.method.terms)), job))
 
     def _check(self, row: RowPlan, settings: Settings) -> dict[str, int]:
         """Checks a row as its run would, so that a refused row ends the study before another trains; returns its cost.

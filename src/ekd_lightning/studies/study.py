@@ -14,9 +14,9 @@ from omegaconf import DictConfig
 
 from ekd_lightning.config.overrides import computing, is_hydras, is_under, key_of
 from ekd_lightning.errors import UserError
-from ekd_lightning.files import DamagedFileError, read_json, write_json
+from ekd_lightning.files import DamagedFileError, write_json
 from ekd_lightning.runs.collection import RunEntry
-from ekd_lightning.runs.directory import FORMAT, require_format
+from ekd_lightning.runs.directory import FORMAT, read_record
 from ekd_lightning.runs.lock import LOCK_FILE
 from ekd_lightning.runs.words import check_words
 
@@ -159,17 +159,11 @@ def parse_numbers(option: str, given: str | Sequence[object], where: str = "") -
 def write_study(study: Study, folder: Path) -> None:
     """Writes study.json."""
     content = {name: value for name, value in vars(study).items() if value or name != "declaration"}
-    content |= {"rows": {row.name: _row_record(row) for row in study.rows}, "format": FORMAT}
-    write_json(folder / STUDY_FILE, content)
-
-
-def _row_record(row: RowPlan) -> dict[str, Any]:
-    made: dict[str, Any] = {"overrides": list(row.overrides), "without": list(row.without)}
-    if row.seeds is not None:
-        made["seeds"] = list(row.seeds)
-    if row.match is not None:
-        made["match"] = row.match
-    return made if row.decides else {**made, "decides": False}
+    rows = {
+        row.name: {name: value for name, value in vars(row).items() if name != "name" and value not in (None, True)}
+        for row in study.rows  # what is left out is read as the default
+    }
+    write_json(folder / STUDY_FILE, {**content, "rows": rows, "format": FORMAT})
 
 
 def read_study(folder: Path) -> Study | None:
@@ -188,8 +182,7 @@ def read_study(folder: Path) -> Study | None:
             raise UserError(f"--output {folder}: not a study (it has no {STUDY_FILE}) and not empty")
         return None
     try:
-        content = read_json(path)
-        require_format(path, content)
+        content = read_record(path)
         rows = tuple(_read_row(path, name, row) for name, row in content["rows"].items())
         fractions = parse_numbers("--fractions", content["fractions"], f"{path}: damaged (fractions)")
         seeds = parse_numbers("--seeds", content["seeds"], f"{path}: damaged (seeds)")
@@ -281,32 +274,29 @@ def union(old: Study, new: Study) -> Study:
             )
         if None not in (before.seeds, row.seeds):
             rows[row.name] = replace(before, seeds=tuple(sorted({*(before.seeds or ()), *(row.seeds or ())})))
-    return Study(
-        tuple(rows.values()),
-        tuple(sorted({*old.fractions, *new.fractions})),
-        tuple(sorted({*old.seeds, *new.seeds})),
-        new.common,
-        new.data,
-        old.working_directory or new.working_directory,
-        new.declaration or old.declaration,
+    return replace(
+        new,
+        rows=tuple(rows.values()),
+        fractions=tuple(sorted({*old.fractions, *new.fractions})),
+        seeds=tuple(sorted({*old.seeds, *new.seeds})),
+        working_directory=old.working_directory or new.working_directory,
+        declaration=new.declaration or old.declaration,
     )
 
 
-def read_run(folder: Path, row: str, fraction: float, seed: int) -> RunEntry:
-    """A run of a study, from its directory.
+def read_runs(study: Study, folder: Path) -> dict[float, Runs]:
+    """All runs that a study asks for, by fraction; rows in their order.
 
     Raises:
-        UserError: If its record is damaged or of another version.
+        UserError: If a run's record is damaged or of another version.
     """
-    name = f"{row}-f{fraction:g}-s{seed}"
-    return RunEntry.read(folder / RUNS / name, name)
 
+    def read(name: str) -> RunEntry:
+        return RunEntry.read(folder / RUNS / name, name)
 
-def read_runs(study: Study, folder: Path) -> dict[float, Runs]:
-    """All runs that a study asks for, by fraction; rows in their order."""
     return {
         fraction: {
-            row.name: {seed: read_run(folder, row.name, fraction, seed) for seed in study.seeds_of(row)}
+            row.name: {seed: read(f"{row.name}-f{fraction:g}-s{seed}") for seed in study.seeds_of(row)}
             for row in study.rows
         }
         for fraction in study.fractions

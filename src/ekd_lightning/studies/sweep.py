@@ -16,18 +16,10 @@ from ekd_lightning.config.commands import print_next, report_command, typed, typ
 from ekd_lightning.config.output import print_wide
 from ekd_lightning.config.overrides import SWEEP_FILE, key_of
 from ekd_lightning.errors import UserError
-from ekd_lightning.files import DamagedFileError, read_json, write_json
+from ekd_lightning.files import DamagedFileError, write_json
 from ekd_lightning.reporting.estimates import Estimate, estimate, percent
 from ekd_lightning.runs.collection import RunEntry
-from ekd_lightning.runs.directory import (
-    FORMAT,
-    HYDRA,
-    STATUS,
-    ForeignRecordError,
-    RunDirectory,
-    RunState,
-    require_format,
-)
+from ekd_lightning.runs.directory import FORMAT, HYDRA, STATUS, ForeignRecordError, RunDirectory, RunState, read_record
 from ekd_lightning.runs.words import check_words
 from ekd_lightning.runs.writer import now
 
@@ -120,8 +112,7 @@ def read_sweep(folder: Path) -> Sweep | None:
     if not path.is_file():
         return None
     try:
-        content = read_json(path)
-        require_format(path, content)
+        content = read_record(path)
         jobs = tuple(Job(folder / job["directory"], tuple(job["overrides"])) for job in content["jobs"])
         hydra, common = tuple(content["hydra"]), tuple(content["common"])
         where = str(content["config_name"]), content["config_dir"], content["started"]
@@ -159,9 +150,7 @@ def sweep_of(directory: Path) -> str | None:
 def job_state(job: Job, started: str = "") -> JobState:
     """State of a job by the files in its directory; a job without a record is planned.
 
-    Args:
-        job: The job.
-        started: Start of the sweep; an older run, or one without a time, does not count. Empty counts every run.
+    A run that is older than `started`, or has no time, does not count; with an empty one every run counts.
     """
     name = job.directory.name
     try:
