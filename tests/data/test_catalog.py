@@ -58,7 +58,7 @@ def test_missing_cifar_is_fetched_only_when_allowed(tmp_path, monkeypatch):
     tiny = make_tiny("cifar10")
     monkeypatch.setattr(catalog, "cifar_spec", lambda name: tiny.spec)
     fetched = []
-    monkeypatch.setattr(catalog, "obtain", lambda name, root: fetched.append(name) or tiny.write(root))
+    monkeypatch.setattr(catalog, "obtain", lambda spec, root: fetched.append(spec.name) or tiny.write(root))
     with pytest.raises(UserError, match="cifar10 not found: looked for"):
         load_dataset("cifar10", tmp_path)
     assert not fetched

@@ -42,7 +42,7 @@ def test_binary_form_comes_first(tmp_path):
     folder = tiny.write(tmp_path, "binary")
     found = find_cifar(tiny.spec, tmp_path)
     assert found is not None
-    assert found.path == folder
+    assert found == (folder, tiny.spec.binary)
 
 
 def test_incomplete_folder_is_named_unless_the_other_form_is_whole(tmp_path):

@@ -589,10 +589,10 @@ def test_hub_repositories_are_read_as_safetensors(monkeypatch, tmp_path):
         return str(tmp_path / file)
 
     monkeypatch.setattr(hub, "hf_hub_download", fetch)
-    found = from_hub("user/repo")
-    assert (found.name, found.usual.image_size, found.usual.normalization.mean) == (SMALL, 96, (0.5, 0.5, 0.5))
+    name, known, path = from_hub("user/repo")
+    assert (name, known.image_size, known.normalization.mean) == (SMALL, 96, (0.5, 0.5, 0.5))
     assert asked == ["config.json", "model.safetensors"]
-    network = load_library_network(NetworkSpec(SMALL, 10, UNIT), found.path)
+    network = load_library_network(NetworkSpec(SMALL, 10, UNIT), path)
     images = torch.rand(2, 3, 64, 64)
     assert torch.equal(network(images), module(images))
     for text, named in {"[]": "damaged, not a mapping", "[" * 100_000: "damaged, not JSON", "{}": "names no"}.items():

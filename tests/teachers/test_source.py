@@ -79,15 +79,15 @@ def test_only_long_work_is_compiled(ensemble, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda module, **_: (compiled.append(module), module)[1])
     teachers = FrozenTeachers(ensemble, TeacherFormat(precision="float32"))
     macs = frozen_teachers.count_macs(ensemble.members[0], SIDE)
-    teachers.plan(int(frozen_teachers.COMPILE_MACS["cpu"] / macs) - 1)
+    teachers.planned_rows = int(frozen_teachers.COMPILE_MACS["cpu"] / macs) - 1
     teachers.outputs(0, POOL)
     assert compiled == []
-    teachers.plan(int(frozen_teachers.COMPILE_MACS["cpu"] / macs) + 1)
+    teachers.planned_rows = int(frozen_teachers.COMPILE_MACS["cpu"] / macs) + 1
     teachers.outputs(0, POOL)
     teachers.outputs(0, POOL)
     assert len(compiled) == 1
     never = FrozenTeachers(ensemble, TeacherFormat(precision="float32", compile="never"))
-    never.plan(10**12)
+    never.planned_rows = 10**12
     never.outputs(0, POOL)
     assert len(compiled) == 1
 

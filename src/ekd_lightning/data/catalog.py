@@ -189,7 +189,7 @@ _SOURCES: Registry[Callable[[DataSettings, Path], Listing]] = Registry(
 def _load_cifar(name: str, root: Path, download: bool) -> Dataset:
     spec = cifar_spec(name)
     if download and find_cifar(spec, root) is None:
-        obtain(name, root)
+        obtain(spec, root)
     return read_cifar(spec, root)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -106,16 +105,8 @@ def cifar_spec(name: str) -> CifarSpec:
     )
 
 
-@dataclass(frozen=True)
-class Found:
-    """A folder with all files of one form."""
-
-    path: Path
-    layout: Layout
-
-
-def find_cifar(spec: CifarSpec, root: Path) -> Found | None:
-    """Looks for the data set, in the binary form first; None if there is a folder of neither form.
+def find_cifar(spec: CifarSpec, root: Path) -> tuple[Path, Layout] | None:
+    """Looks for a folder with all files of one form, the binary one first; None if there is a folder of neither form.
 
     The root contains e.g. `cifar-10-batches-bin`, or is that folder itself.
 
@@ -127,7 +118,7 @@ def find_cifar(spec: CifarSpec, root: Path) -> Found | None:
         for path in (root / layout.folder, root):
             absent = [file.name for file in layout.files if not (path / file.name).is_file()]
             if not absent:
-                return Found(path, layout)
+                return path, layout
             if path.name == layout.folder and path.is_dir():
                 incomplete.append((path, absent))
     if incomplete:
@@ -153,11 +144,12 @@ def read_cifar(spec: CifarSpec, root: Path) -> Dataset:
             f"{spec.name} not found: looked for {spec.binary.folder} and {spec.python.folder} in "
             f"{root.absolute()}; {_advice(spec, root)}"
         )
+    folder, layout = found
     return Dataset(
         name=spec.name,
-        train=_read_split(spec, found, "train", found.layout.train),
-        test=_read_split(spec, found, "test", found.layout.test),
-        source=str(found.path.absolute()),
+        train=_read_split(spec, folder, layout, "train"),
+        test=_read_split(spec, folder, layout, "test"),
+        source=str(folder.absolute()),
         normalization=spec.name,
     )
 
@@ -183,9 +175,10 @@ def _advice(spec: CifarSpec, root: Path) -> str:
     return f"run `ekd-data {spec.name} --root {where}` or put the official folder at {target}"
 
 
-def _read_split(spec: CifarSpec, found: Found, split: str, files: Iterable[OfficialFile]) -> ImageSet:
-    parse = _parse_binary if found.layout == spec.binary else _parse_python
-    names, paths = spec.class_names, {found.path / file.name: file for file in files}
+def _read_split(spec: CifarSpec, folder: Path, layout: Layout, split: str) -> ImageSet:
+    parse = _parse_binary if layout == spec.binary else _parse_python
+    files = layout.train if split == "train" else layout.test
+    names, paths = spec.class_names, {folder / file.name: file for file in files}
     with ThreadPoolExecutor() as threads:  # MD5 sums are computed outside Python's lock
         contents = threads.map(checked_bytes, paths, paths.values())
         parts = [parse(spec, content, path) for path, content in zip(paths, contents, strict=True)]

@@ -19,7 +19,7 @@ import numpy as np
 from filelock import FileLock
 from PIL import Image
 
-from ekd_lightning.data.cifar import PIXELS, CifarSpec, Layout, checked_bytes, cifar_spec, find_cifar
+from ekd_lightning.data.cifar import PIXELS, CifarSpec, Layout, checked_bytes, find_cifar
 from ekd_lightning.errors import UserError, one_line
 
 log = logging.getLogger(__name__)
@@ -36,27 +36,26 @@ class _SourceError(Exception):
     """The reason why a source failed, in a few words."""
 
 
-def obtain(name: str, root: Path, spec: CifarSpec | None = None) -> Path:
+def obtain(spec: CifarSpec, root: Path) -> Path:
     """Downloads a data set into a folder of `root`, unless it is there, and returns the folder.
 
     Every file is compared with its published MD5 before the complete folder gets its name. Concurrent processes
-    download it once, and a killed process leaves no folder of that name. Tests give other published facts as `spec`.
+    download it once, and a killed process leaves no folder of that name.
 
     Raises:
-        UserError: For an unknown name, an incomplete folder, a folder that cannot be written, or if all sources fail.
+        UserError: For an incomplete folder, a folder that cannot be written, or if all sources fail.
     """
-    spec = spec or cifar_spec(name)
     root = root.absolute()
     if found := find_cifar(spec, root):
-        return found.path
+        return found[0]
     try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f".{spec.binary.folder}.lock"):
             if found := find_cifar(spec, root):  # another process was faster
-                return found.path
+                return found[0]
             return _fetch(spec, root)
     except OSError as error:
-        raise UserError(f"cannot write {name} to {root} ({error.strerror or error})") from error
+        raise UserError(f"cannot write {spec.name} to {root} ({error.strerror or error})") from error
 
 
 def _fetch(spec: CifarSpec, root: Path) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,24 +34,21 @@ def unit_levels(device: torch.device) -> Tensor:
     return to_unit(torch.arange(256, dtype=torch.uint8)).to(device)
 
 
-class ViewFamily(Protocol):
+class ViewFamily:
     """A numbered family of augmentations; a view is a pure function of the image, its index and the view's number.
 
     Attributes:
         num_views: V, the number of views of an image.
         key: Everything that determines the family's views, as text; part of content hashes.
+        identity_view: Number of the view that leaves every image unchanged; None if there is none. Evaluation does not
+            need it, as it uses images without views.
+        captures: Whether views can be computed without the host, and so within a CUDA graph.
     """
 
     num_views: int
     key: str
-
-    @property
-    def identity_view(self) -> int | None:
-        """Number of the view that leaves every image unchanged; None if there is none.
-
-        Evaluation does not need it, as it uses images without views.
-        """
-        ...
+    identity_view: int | None = None
+    captures = True
 
     def __call__(self, images: Tensor, view: Tensor, index: Tensor) -> Tensor:
         """Makes one view of each image.
@@ -64,10 +61,10 @@ class ViewFamily(Protocol):
         Returns:
             uint8 [B, 3, H, W].
         """
-        ...
+        raise NotImplementedError
 
 
-class Identity:
+class Identity(ViewFamily):
     """The family with a single view, the unchanged image."""
 
     num_views = 1
@@ -79,7 +76,7 @@ class Identity:
         return images
 
 
-class CropFlip:
+class CropFlip(ViewFamily):
     """Crop-and-flip views: zero padding, any crop of the original size, and optionally a horizontal flip.
 
     With P = 2 padding + 1 positions along each axis, view = flip P² + top P + left: the views without flip come first,
@@ -108,7 +105,7 @@ class CropFlip:
         return torch.where((view >= P * P)[:, None, None, None], crop.flip(-1), crop)
 
 
-class Pool:
+class Pool(ViewFamily):
     """A pool of V random views per image, of augmentations without a finite number of views.
 
     View v of image i is a pure function of (i, v, the pool's seed, the augmentations with their options), with random
@@ -119,8 +116,6 @@ class Pool:
         UserError: Unless V is in 1 .. 2^31 - 1.
     """
 
-    identity_view = None
-
     def __init__(
         self, augmentations: Sequence[tuple[Augmentation, str]], num_views: int = POOL_SIZE, seed: int = 0
     ) -> None:
@@ -129,11 +124,7 @@ class Pool:
         self.num_views, self.seed = num_views, seed
         self.augmentations = [augmentation for augmentation, _ in augmentations]
         self.key = f"pool{num_views}-seed{seed}-" + "+".join(key for _, key in augmentations)
-
-    @property
-    def captures(self) -> bool:
-        """Whether views can be computed without the host, and so within a CUDA graph."""
-        return all(getattr(augmentation, "captures", True) for augmentation in self.augmentations)
+        self.captures = all(getattr(augmentation, "captures", True) for augmentation in self.augmentations)
 
     def __call__(self, images: Tensor, view: Tensor, index: Tensor) -> Tensor:
         """Makes one view of each image; see `ViewFamily`."""
@@ -142,7 +133,7 @@ class Pool:
         return images
 
 
-class OwnPlaces:
+class OwnPlaces(ViewFamily):
     """A family for images of two sets under one index, in which each image has the index of its own set.
 
     Views and teacher outputs therefore do not depend on the size of the other set. The first set has `first` images.
@@ -151,12 +142,7 @@ class OwnPlaces:
     def __init__(self, family: ViewFamily, first: int) -> None:
         self._family, self._first = family, first
         self.num_views, self.key = family.num_views, family.key
-        self.captures = getattr(family, "captures", True)
-
-    @property
-    def identity_view(self) -> int | None:
-        """The identity view of the family."""
-        return self._family.identity_view
+        self.identity_view, self.captures = family.identity_view, family.captures
 
     def __call__(self, images: Tensor, view: Tensor, index: Tensor) -> Tensor:
         """Makes one view of each image; see `ViewFamily`."""

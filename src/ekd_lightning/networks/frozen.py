@@ -37,7 +37,8 @@ class _Frozen(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def _take(self, normalize: Normalize, dtype: torch.dtype, fold: bool, channels_last: bool) -> None:
+    def __init__(self, normalize: Normalize, dtype: torch.dtype, fold: bool, channels_last: bool) -> None:
+        super().__init__()
         self.dtype, self._fold, self.image_size = dtype, fold, normalize.image_size
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.register_buffer("mean", normalize.mean, persistent=False)
@@ -49,7 +50,6 @@ class _Frozen(nn.Module):
         return ((images - self.mean) / self.std).to(dtype=self.dtype, memory_format=self._memory_format)
 
     def _frozen(self, stages: nn.ModuleDict) -> dict[str, nn.Module]:
-        """Freezes the stages; see `_frozen_part`."""
         return {name: self._frozen_part(stage, name) for name, stage in stages.items()}
 
     def _frozen_part(self, part: nn.Module, name: str) -> nn.Module:
@@ -87,15 +87,14 @@ class FrozenNetwork(_Frozen):
         channels_last: bool = True,
         stage_names: Sequence[str] = (),
     ) -> None:
-        super().__init__()
+        network = copy.deepcopy(network).eval()
+        super().__init__(network.normalize, dtype, fold, channels_last)
         order = network.stage_names
         own = {name: own_stage(stage_and_grid(name)[0], order) for name in stage_names}
         self.stage_names = tuple(sorted(stage_names, key=lambda name: order.index(own[name])))
         self._grids = {
             stage: [stage_and_grid(name)[1] for name in self.stage_names if own[name] == stage] for stage in order
         }
-        network = copy.deepcopy(network).eval()
-        self._take(network.normalize, dtype, fold, channels_last)
         self.stages = nn.ModuleDict(self._frozen(network.stages))
         self.neck = self._frozen_neck(network.neck)
         self.head = network.head
@@ -140,9 +139,8 @@ class FrozenStudent(_Frozen):
         fold: bool = True,
         channels_last: bool = True,
     ) -> None:
-        super().__init__()
         student = copy.deepcopy(student).eval()
-        self._take(student.trunk.normalize, dtype, fold, channels_last)
+        super().__init__(student.trunk.normalize, dtype, fold, channels_last)
         own = [cast(Branch, branch) for branch in student.branches]
         self.trunk = nn.Sequential(*self._frozen(student.trunk.stages).values())
         self.branches = nn.ModuleList(nn.Sequential(*self._frozen(branch.stages).values()) for branch in own)

@@ -54,24 +54,11 @@ class Published:
     num_classes: int = 1000
 
 
-@dataclass(frozen=True)
-class LibraryWeights:
-    """A network of a library, by its name with the library's prefix, and its weights.
-
-    Attributes:
-        usual: The library's configuration of the network; None if there is none.
-        path: The file of the weights; None for the published weights.
-    """
-
-    name: str
-    usual: Published | None
-    path: Path | None
-
-
-def from_hub(repository: str) -> LibraryWeights:
+def from_hub(repository: str) -> tuple[str, Published, Path]:
     """Fetches the config.json and model.safetensors of a timm network from USER/REPO on the Hugging Face hub.
 
-    No other file is fetched. The folder of a copy may be given instead.
+    No other file is fetched. The folder of a copy may be given instead. Returns the network's name with the library's
+    prefix, its configuration, and the file of its weights.
 
     Raises:
         UserError: If a package is missing, the hub or the repository cannot be reached, one of the files is missing, or
@@ -96,7 +83,7 @@ def from_hub(repository: str) -> LibraryWeights:
         statistics = Normalization(own.get("mean", found.normalization.mean), own.get("std", found.normalization.std))
     except UserError as error:
         raise UserError(f"hub repository {repository!r}: its config.json: {error}") from None
-    return LibraryWeights(name, Published(statistics, shape[1], found.fixed), path)
+    return name, Published(statistics, shape[1], found.fixed), path
 
 
 def usual(name: str) -> Published | None:

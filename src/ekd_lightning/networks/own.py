@@ -80,16 +80,17 @@ def check_outputs(network: StagedNetwork | BranchedStudent, image_size: ImageSiz
     Raises:
         UserError: If it fails, or does not return floating-point logits [2, C].
     """
-    device = (
-        network.normalize.mean.device if isinstance(network, StagedNetwork) else network.trunk.normalize.mean.device
-    )
+    device = next(network.buffers()).device
     images = torch.zeros(2, 3, *sides(image_size), device=device)
     label = f"{where}: network {network.spec.name!r}" if where else f"network {network.spec.name!r}"
     modes = [(part, part.training) for part in network.modules()]
     network.eval()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            logits: object = _logits(network, images)
+            if isinstance(network, BranchedStudent):
+                logits: object = network.branches[0](network.trunk(images)[0])[0]
+            else:
+                logits = network(images)
     except UserError as error:
         raise UserError(f"{where}: {error}" if where else str(error)) from None
     except Exception as error:  # the user's module may raise anything
@@ -105,10 +106,3 @@ def check_outputs(network: StagedNetwork | BranchedStudent, image_size: ImageSiz
         raise UserError(
             f"{label} returns values {list(logits.shape)}{kind} for images {list(images.shape)}, not logits {wanted}"
         )
-
-
-def _logits(network: StagedNetwork | BranchedStudent, images: Tensor) -> Tensor:
-    if isinstance(network, StagedNetwork):
-        return network(images)
-    maps, _ = network.trunk(images)
-    return network.branches[0](maps)[0]

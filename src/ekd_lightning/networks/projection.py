@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops.misc import Conv2dNormActivation
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.networks.staged import GlobalPool, StagedNetwork, he_initialised, pool
@@ -28,11 +29,7 @@ class Projector(nn.Sequential):
     def __init__(self, channels: int, width: int) -> None:
         narrow = width // _FACTOR
         sizes = ((channels, narrow, 1), (narrow, narrow, 3), (narrow, width, 1))
-        layers: list[nn.Module] = []
-        for inputs, outputs, kernel in sizes:
-            conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
-            layers += [conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
-        super().__init__(*layers)
+        super().__init__(*(layer for size in sizes for layer in Conv2dNormActivation(*size)))
 
 
 def project(network: StagedNetwork, width: int) -> StagedNetwork:

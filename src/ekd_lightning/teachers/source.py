@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ class TeacherSource:
         return 0
 
     def plan(self, rows: int, repeats: bool = False) -> None:
-        """Announces how many images the run will probably process, each counted every time; see `FrozenTeachers.plan`.
+        """Announces how many images the run will probably process, each counted every time.
 
         `repeats` says whether an epoch, in this or another process, may need more than one view of an image.
         """
@@ -133,6 +133,8 @@ class FrozenTeachers:
     Attributes:
         numeric_format: "float32" or "bfloat16"; part of the key of a table.
         chunk: Preferred number of images in a batch.
+        planned_rows: Number of images that each teacher will probably process in the whole run. It decides about
+            compiling, so it must not depend on how far the run is: a resumed run has to go on with the same rounding.
 
     Raises:
         UserError: If a teacher lacks a stage.
@@ -146,26 +148,13 @@ class FrozenTeachers:
         self.numeric_format = str(dtype).removeprefix("torch.")
         self.chunk = CHUNK.get(device.type, 128)
         self._names = [identity.id for identity in ensemble.identities]
-        form: dict[str, Any] = {
-            "dtype": dtype,
-            "fold": how.fold,
-            "channels_last": how.channels_last,
-            "stage_names": stages,
-        }
-        self._frozen = [FrozenNetwork(network, **form).to(device) for network in ensemble.members]
+        form = partial(FrozenNetwork, dtype=dtype, fold=how.fold, channels_last=how.channels_last, stage_names=stages)
+        self._frozen = [form(network).to(device) for network in ensemble.members]
         self._choice = how.compile
         self._from_macs = COMPILE_MACS.get(device.type, float("inf"))
         self._macs: dict[int, int] = {}
         self._compiled: dict[int, tuple[int, Callable[[Tensor], tuple[Tensor, ...]]]] = {}
-        self._planned_rows = 0
-
-    def plan(self, rows: int) -> None:
-        """Announces how many images each teacher will probably process in the whole run.
-
-        The number decides about compiling, so it must not depend on how far the run is: a resumed run has to go on
-        with the same rounding.
-        """
-        self._planned_rows = rows
+        self.planned_rows = 0
 
     def outputs(self, m: int, images: Tensor, batch_size: int | None = None) -> NetworkOutput:
         """Returns the outputs of teacher m for images [B, 3, H, W], without gradient and outside autocast, in float32.
@@ -191,7 +180,7 @@ class FrozenTeachers:
             return self._choice == "always"
         if m not in self._macs:
             self._macs[m] = count_macs(self._frozen[m], image_size)
-        return self._macs[m] * self._planned_rows >= self._from_macs
+        return self._macs[m] * self.planned_rows >= self._from_macs
 
 
 def _filled(images: Tensor, size: int) -> Tensor:
@@ -212,7 +201,7 @@ class LiveTeachers(TeacherSource):
         self._planned_rows = 0
 
     def plan(self, rows: int, repeats: bool = False) -> None:
-        """See `FrozenTeachers.plan`."""
+        """See `FrozenTeachers.planned_rows`."""
         self._planned_rows = rows
 
     def outputs(self, batch: Batch, stages: Stages = ()) -> TeacherOutput:
@@ -225,5 +214,5 @@ class LiveTeachers(TeacherSource):
         """Returns the frozen copies with these stages, made on first use."""
         if stages not in self._frozen:
             self._frozen[stages] = FrozenTeachers(self._ensemble, self._how, stages)
-        self._frozen[stages].plan(self._planned_rows)
+        self._frozen[stages].planned_rows = self._planned_rows
         return self._frozen[stages]

@@ -27,15 +27,7 @@ from ekd_lightning.networks import (
 )
 from ekd_lightning.networks.convert import KEY_MAPS, load_foreign
 from ekd_lightning.networks.cutting import ABSENT, select_classes
-from ekd_lightning.networks.library import (
-    PUBLISHED,
-    LibraryWeights,
-    from_hub,
-    load_library_network,
-    positions,
-    usual,
-    weight_classes,
-)
+from ekd_lightning.networks.library import PUBLISHED, from_hub, load_library_network, positions, usual, weight_classes
 from ekd_lightning.networks.own import check_outputs
 from ekd_lightning.networks.registry import library_version
 from ekd_lightning.networks.staged import sides
@@ -244,19 +236,19 @@ def _plan_library(
     settings: TeacherSettings, entry: TeacherEntry, key: str, data: TeacherData, accelerator: str
 ) -> PlannedTeacher:
     """Plans a network of another library, with its published weights or fine-tuned on the data."""
-    if entry.hub:
-        found = from_hub(entry.hub)
-    else:
+    if not entry.hub:
         given = entry.weights not in (None, PUBLISHED)
         path = Path(str(entry.weights)) if given else None
         if path is not None and not path.is_file():
             raise UserError(f"{key}.weights={path}: no such file (or {PUBLISHED} for those of the library)")
         name = f"{entry.source}:{getattr(entry, entry.source)}"
-        found = LibraryWeights(name, usual(name), path)
-    statistics = found.usual.normalization if found.usual else normalization(data.dataset.normalization)
-    size = entry.image_size or (found.usual.image_size if found.usual else None)
+        known = usual(name)
+    else:
+        name, known, path = from_hub(entry.hub)
+    statistics = known.normalization if known else normalization(data.dataset.normalization)
+    size = entry.image_size or (known.image_size if known else None)
     spec = NetworkSpec(
-        found.name,
+        name,
         data.dataset.num_classes,
         normalization(entry.normalization) if entry.normalization else statistics,
         {**entry.options, **({"stages": entry.stages} if entry.stages else {})},
@@ -265,17 +257,17 @@ def _plan_library(
     linear = build_network(spec).num_features > 0
     if (entry.finetune or entry.classes) and not linear:
         raise UserError(f"{key}: {spec.name!r} does not end with a linear layer, so it has no classes to change")
-    load = partial(load_library_network, spec, found.path, state_key=entry.state_key)
+    load = partial(load_library_network, spec, path, state_key=entry.state_key)
     detail = {"library": f"{entry.source} {library_version(spec.name)}".strip(), "weights": PUBLISHED}
-    if found.path is not None:
-        detail |= {"weights": found.path.name, "file_sha256": file_sha256(found.path)}
+    if path is not None:
+        detail |= {"weights": path.name, "file_sha256": file_sha256(path)}
     if entry.finetune:
-        published = found.path is None and entry.source != "module"
+        published = path is None and entry.source != "module"
         # Local weights are read now, so that those that do not fit are refused before other teachers are trained.
         weights = detail if published else parts_sha256(load(fresh_head=True))
         initial = {"start": weights, "finetune": entry.finetune}
         return _plan_stored(settings, entry, spec, data, accelerator, initial, partial(load, fresh_head=True))
-    predicted = weight_classes(spec, found.path, entry.state_key)
+    predicted = weight_classes(spec, path, entry.state_key)
     classes = entry.classes
     if classes is None and predicted != spec.num_classes:
         if not linear:
@@ -286,7 +278,7 @@ def _plan_library(
         if unknown := [name for name, place in zip(data.dataset.class_names, classes, strict=True) if place == ABSENT]:
             log.info("teacher %s does not know %d of the data's classes: %s", spec.name, len(unknown), few(unknown))
     return PlannedTeacher(
-        spec.name if found.path is None else f"{spec.name}-{found.path.stem}",
+        spec.name if path is None else f"{spec.name}-{path.stem}",
         spec,
         entry.source,
         lambda: (load(classes=classes), {"trained_on": "published", **detail}),
