@@ -68,7 +68,7 @@ def batch() -> Batch:
 def tabled(folder: Path, network: Any) -> TabledTeachers:
     identities = [TeacherIdentity("tutor", state_sha256(network), "file", SPEC.name)]
     how = TeacherFormat(precision="float32", compile="never")
-    common = {"image_set_sha256": "b" * 64, "num_images": N, "views": VIEWS, "image_size": 8}
+    common = {"image_sets": [("b" * 64, N)], "views": VIEWS, "image_size": 8}
     return TabledTeachers(TeacherEnsemble([network], identities), folder, how=how, include_pooled=True, **common)
 
 

@@ -95,7 +95,7 @@ def test_bfloat16_stages_between_a_float32_beginning_and_end():
     network = lived("resnet8")
     frozen = FrozenNetwork(network, dtype=torch.bfloat16)
     assert {p.dtype for p in frozen.stages.parameters()} == {torch.bfloat16}
-    assert frozen.head.weight.dtype == frozen.mean.dtype == torch.float32
+    assert frozen.head.weight.dtype == frozen.normalize.mean.dtype == torch.float32
     with torch.no_grad():
         logits, pooled = frozen(images(16))
         expected = network.outputs(images(16))

@@ -38,7 +38,7 @@ from ekd_lightning.networks import (
 from ekd_lightning.networks import library as libraries
 from ekd_lightning.networks.cutting import UNKNOWN_LOGIT, cut, unknown_classes
 from ekd_lightning.networks.frozen import FrozenNetwork, FrozenStudent
-from ekd_lightning.networks.library import allow_module, from_hub, load_library_network, usual
+from ekd_lightning.networks.library import allow_module, from_hub, load_library_network, positions, usual
 from ekd_lightning.networks.staged import GlobalPool, StagedNetwork, he_initialised
 from ekd_lightning.networks.weights import answers_sha256
 from ekd_lightning.settings import RecipeSettings
@@ -284,7 +284,8 @@ def test_classes_are_those_of_the_data(tmp_path):
 
     def load(classes, names=("cat", "dog", "owl"), **others):
         spec = NetworkSpec(SMALL, len(names), UNIT)
-        return load_library_network(spec, tmp_path / "w.safetensors", classes=classes, class_names=names, **others)
+        chosen = None if classes is None else positions(spec, classes, names, 5)
+        return load_library_network(spec, tmp_path / "w.safetensors", classes=chosen, **others)
 
     torch.testing.assert_close(load([4, 0, 2])(images), logits[:, [4, 0, 2]])
     by_name = load(["Owl", "ant", "dog", "bee", "cat"])

@@ -151,7 +151,7 @@ def test_kept_stages_are_made_ready_for_the_epoch_that_asks_for_them(train, tmp_
 def test_only_tables_of_the_same_images_and_views_count_as_present(ensemble, tmp_path):
     batch = make_batch([2, 9], [3, 3])
     tabled(ensemble, tmp_path).outputs(batch, STAGES)
-    tabled(ensemble, tmp_path, image_set_sha256="c" * 64).outputs(batch, STAGES)
+    tabled(ensemble, tmp_path, image_sets=[("c" * 64, N)]).outputs(batch, STAGES)
     assert present_bytes(tmp_path, "d" * 64, VIEWS.key, 2) == 0
     assert present_bytes(tmp_path, "b" * 64, "another", 2) == 0
     own = {

@@ -75,14 +75,13 @@ def test_two_image_sets_have_tables_of_their_own(ensemble, tmp_path):
     """Rows of either set are those of a table of it alone, whatever the other one is; and serve such a table."""
     shown = make_batch([3, 30, 7, 39, 3], [0, 17, 5, 2, 1])
     reference = tabled(ensemble, tmp_path / "one").outputs(shown)
-    sets = {"num_images": 25, "more_images": [("c" * 64, 15)]}
-    joined = tabled(ensemble, tmp_path / "two", **sets)
+    joined = tabled(ensemble, tmp_path / "two", image_sets=[("b" * 64, 25), ("c" * 64, 15)])
     assert same(joined.outputs(shown), reference)
     joined.prepare_epoch(shown.index, shown.view, gather, {(): 5})
     assert same(joined.outputs(shown), reference)
     assert joined.misses == 2 * 5
     second = make_batch([30, 39], [17, 2])._replace(index=torch.tensor([5, 14]))
-    alone = tabled(ensemble, tmp_path / "two", image_set_sha256="c" * 64, num_images=15)
+    alone = tabled(ensemble, tmp_path / "two", image_sets=[("c" * 64, 15)])
     answers = alone.outputs(second)
     assert (alone.hits, alone.misses) == (4, 0)
     assert torch.equal(answers.logits, reference.logits[:, [1, 3]])

@@ -48,7 +48,7 @@ def make_batch(index: list[int], view: list[int]) -> Batch:
 
 
 def tabled(ensemble: TeacherEnsemble, folder: Path, **changes) -> TabledTeachers:
-    usual = {"image_set_sha256": "b" * 64, "num_images": N, "views": VIEWS, "include_pooled": True}
+    usual = {"image_sets": [("b" * 64, N)], "views": VIEWS, "include_pooled": True}
     return TabledTeachers(ensemble, folder, **{**usual, "image_size": SIDE, "how": PLAIN, **changes})
 
 

@@ -16,14 +16,15 @@ _PEAK_SIZES = {"cpu": 2048, "cuda": 8192}
 
 def seconds_of(work: Callable[[], object], device: torch.device | None = None) -> float:
     """Seconds that a function takes, including work that it leaves running on the device."""
-    _wait(device)
+    wait_for(device)
     start = time.perf_counter()
     work()
-    _wait(device)
+    wait_for(device)
     return time.perf_counter() - start
 
 
-def _wait(device: torch.device | None) -> None:
+def wait_for(device: torch.device | None) -> None:
+    """Waits until a GPU has done its work."""
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
 

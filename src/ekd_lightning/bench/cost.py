@@ -82,6 +82,7 @@ def inference(bench: Bench) -> dict[str, Any]:
     return result
 
 
+_RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes per unit of ru_maxrss
 _CHILD = """
 import resource, subprocess, sys
 subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
@@ -95,8 +96,7 @@ def memory(bench: Bench) -> dict[str, Any]:
         words = [*bench.overrides, "recipe.epochs=1", override("hydra.run.dir", folder)]
         command = [sys.executable, "-c", _CHILD, sys.executable, "-m", "ekd_lightning.cli.train", *words]
         last = _output_of(command)[-1]
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes per unit of ru_maxrss
-    return {"run_gb": int(last) * unit / 1e9}
+    return {"run_gb": int(last) * _RSS_UNIT / 1e9}
 
 
 def _output_of(command: Sequence[str]) -> list[str]:
@@ -143,8 +143,7 @@ def folder_loading(bench: Bench) -> dict[str, Any]:
             # A small process in between: on Linux a process inherits the peak memory of its parent.
             command = [sys.executable, "-c", _BETWEEN, sys.executable, "-c", _LOADER, *map(str, words)]
             seconds, own, child = json.loads(_output_of(command)[-1])
-            unit = 1 if sys.platform == "darwin" else 1024
-            used = (own + workers * child) * unit / 1e9
+            used = (own + workers * child) * _RSS_UNIT / 1e9
             memory_gb[name] = max(used, memory_gb.get(name, 0.0))
             return bench.folder_images / seconds
 

@@ -15,7 +15,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from ekd_lightning.bench import seconds_of
+from ekd_lightning.bench import seconds_of, wait_for
 from ekd_lightning.data.loader import Batch, TrainLoader, gather_batch
 from ekd_lightning.errors import quiet
 from ekd_lightning.networks import TeacherEnsemble
@@ -124,7 +124,7 @@ class Clock(pl.Callback):
         """Notes the end of the first step, and of an epoch's last one."""
         if self.first_step and not trainer.is_last_batch:
             return
-        _synchronize(pl_module)
+        wait_for(pl_module.device)
         self._last_step, self._validation = time.perf_counter(), 0.0
         if not self.first_step:
             self.first_step, self._times["first_step"] = self._last_step - self._made, time.time()
@@ -143,14 +143,9 @@ class Clock(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stops the clock and writes the times."""
         self.seconds = time.perf_counter() - self._since
-        _synchronize(pl_module)
+        wait_for(pl_module.device)
         if self._file:
             self._file.write_text(json.dumps({**self._times, "last_step": time.time()}))
-
-
-def _synchronize(module: pl.LightningModule) -> None:
-    if module.device.type == "cuda":
-        torch.cuda.synchronize(module.device)
 
 
 class BareLoop:

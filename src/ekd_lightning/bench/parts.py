@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ekd_lightning.bench import rate_of, summary, take_turns
 from ekd_lightning.bench.ours import BareLoop, Job
-from ekd_lightning.bench.plain import CarefulLoop, PlainLoop, best_workers
+from ekd_lightning.bench.plain import CarefulLoop, PlainLoop, loader_rate
 from ekd_lightning.data import Dataset
 from ekd_lightning.data.loader import TrainLoader, gather_batch
 from ekd_lightning.networks import TeacherEnsemble
@@ -84,7 +84,8 @@ def loader_alone(bench: Bench) -> dict[str, Any]:
     """(a) Images per second of the loaders alone, without training: PIL in workers, and views in memory."""
     prepared, batch_size = bench.job().prepared(), bench.settings.recipe.batch_size
     index = prepared.subset.train_index
-    rates = best_workers(bench.dataset.train, index, batch_size, bench.workers, 2 * bench.plain_steps)
+    rate = partial(loader_rate, bench.dataset.train, index, batch_size, 2 * bench.plain_steps)
+    rates = {workers: rate(workers) for workers in bench.workers}
     best = max(rates, key=rates.__getitem__)
     images = bench.dataset.train.images.to(bench.device)
     ours = TrainLoader(bench.dataset.train, index, prepared.views, batch_size, seed=0)
@@ -94,7 +95,7 @@ def loader_alone(bench: Bench) -> dict[str, Any]:
             gather_batch(images, rows, prepared.views)
 
     alternatives = {
-        "plain": lambda: best_workers(bench.dataset.train, index, batch_size, (best,), 2 * bench.plain_steps)[best],
+        "plain": lambda: rate(best),
         "views in memory": rate_of(epoch, len(ours) * batch_size, bench.device, repeats=1),
     }
     found = take_turns(alternatives, bench.rounds)
@@ -272,8 +273,7 @@ def sweep(bench: Bench) -> dict[str, Any]:
     counts, branches = range(1, bench.teachers.num_teachers + 1), (1, 2, 3)
     plain_seconds, jobs = 0.0, []
     index, size = bench.job().prepared().subset.train_index, bench.settings.recipe.batch_size
-    rates = best_workers(bench.dataset.train, index, size, bench.workers, bench.plain_steps)
-    workers = max(rates, key=rates.__getitem__)
+    workers = max(bench.workers, key=partial(loader_rate, bench.dataset.train, index, size, bench.plain_steps))
     for count in counts:
         for number in branches:
             student = replace(bench.settings.student, branches=number)

@@ -189,18 +189,12 @@ class CarefulLoop(PlainLoop):
             return self._total(self._student_outputs(batch.images), teachers, batch)
 
 
-def best_workers(
-    image_set: ImageSet, index: Tensor, batch_size: int, candidates: tuple[int, ...], batches: int
-) -> dict[int, float]:
-    """Images per second of the loader alone for each number of workers."""
-    rates = {}
-    for workers in candidates:
-        loader = plain_loader(image_set, index, batch_size, workers)
-        batch_iterator = iter(loader)
-        ready = min(1 + 2 * workers, 1 + (len(loader) - 1) // 2)
-        for _ in range(ready):  # starts the workers and uses up prefetched batches
-            next(batch_iterator)
-        count = max(1, min(batches, len(loader) - ready))
-        seconds = seconds_of(lambda i=batch_iterator, n=count: [next(i) for _ in range(n)])  # type: ignore[misc]
-        rates[workers] = count * batch_size / seconds
-    return rates
+def loader_rate(image_set: ImageSet, index: Tensor, batch_size: int, batches: int, workers: int) -> float:
+    """Images per second of the loader alone, over at most `batches` batches."""
+    loader = plain_loader(image_set, index, batch_size, workers)
+    batch_iterator = iter(loader)
+    ready = min(1 + 2 * workers, 1 + (len(loader) - 1) // 2)
+    for _ in range(ready):  # starts the workers and uses up prefetched batches
+        next(batch_iterator)
+    count = max(1, min(batches, len(loader) - ready))
+    return count * batch_size / seconds_of(lambda: [next(batch_iterator) for _ in range(count)])

@@ -78,14 +78,6 @@ class CifarSpec:
     npm_package: str | None = None
 
 
-def _torchvision_layout(dataset: type) -> Layout:
-    """Returns the python form as torchvision describes it: pairs of file name and MD5."""
-    train, test = (
-        tuple(OfficialFile(name, md5) for name, md5 in getattr(dataset, part)) for part in ("train_list", "test_list")
-    )
-    return Layout(str(getattr(dataset, "base_folder")), train, test)  # noqa: B009  # mypy: `type` has none
-
-
 @cache
 def cifar_spec(name: str) -> CifarSpec:
     """Returns the published facts about "cifar10" or "cifar100"; any other name is a `UserError`."""
@@ -95,11 +87,13 @@ def cifar_spec(name: str) -> CifarSpec:
 
     facts = yaml.safe_load(resources.files(__package__).joinpath("cifar.yaml").read_text(encoding="utf-8"))[name]
     files = [OfficialFile(**file) for file in facts.pop("files")]
+    python: Any = getattr(datasets, name.upper())
+    train, test = (tuple(OfficialFile(*file) for file in part) for part in (python.train_list, python.test_list))
     return CifarSpec(
         name=name,
         class_names=tuple(facts.pop("class_names").split()),
         binary=Layout(facts.pop("folder"), tuple(files[:-1]), (files[-1],)),
-        python=_torchvision_layout(getattr(datasets, name.upper())),
+        python=Layout(python.base_folder, train, test),
         archive=OfficialFile(SITE + facts.pop("archive"), facts.pop("archive_md5")),
         **facts,
     )
@@ -232,17 +226,11 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 class _ArrayUnpickler(pickle.Unpickler):
     """Unpickles only numbers, text, containers and NumPy arrays."""
 
-    path = Path()
-
     def find_class(self, module: str, name: str) -> Any:
-        """Returns an allowed global; raises UserError for any other."""
-        try:
-            return _ALLOWED[module, name]
-        except KeyError:
-            raise UserError(
-                f"{self.path} would load {module}.{name}, which a CIFAR batch never needs: delete this "
-                "file and get the official one"
-            ) from None
+        """Returns an allowed global; raises UnpicklingError for any other."""
+        if (module, name) not in _ALLOWED:
+            raise pickle.UnpicklingError(f"it would load {module}.{name}, which a CIFAR batch never needs")
+        return _ALLOWED[module, name]
 
 
 def read_pickled_dict(data: bytes, path: Path) -> dict[str, Any]:
@@ -252,13 +240,10 @@ def read_pickled_dict(data: bytes, path: Path) -> dict[str, Any]:
         UserError: If the pickle needs globals other than those of NumPy arrays, is damaged, or is not a dict.
     """
     try:
-        unpickler = _ArrayUnpickler(io.BytesIO(data), encoding="latin1")
-        unpickler.path = path
-        value = unpickler.load()
-    except UserError:
-        raise
+        value = _ArrayUnpickler(io.BytesIO(data), encoding="latin1").load()
     except Exception as error:  # a damaged pickle raises many kinds
-        raise UserError(f"{path} is not a readable CIFAR batch ({type(error).__name__}: {error})") from error
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path} is not a readable CIFAR batch ({what}): get the official file") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a {type(value).__name__}, not the dict of a CIFAR batch")
     return value

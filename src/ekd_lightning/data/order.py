@@ -13,8 +13,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-UInt64Array = NDArray[np.uint64]
-
 # One stream per purpose, so that e.g. an image's position in the order and its view are independent.
 STREAM_ORDER = 1
 STREAM_VIEW = 2
@@ -82,7 +80,7 @@ class Draws:
         return (_shift_right(self._bits(count), 32) * end) >> 32
 
 
-def hash_uniform_u64(stream: int, seed: int, epoch: int, index: NDArray[Any]) -> UInt64Array:
+def hash_uniform_u64(stream: int, seed: int, epoch: int, index: NDArray[Any]) -> NDArray[np.uint64]:
     """Hashes each index [N] to a uniform 64-bit number; different indices give different numbers.
 
     They are sm(sm(sm(sm(stream) ^ seed) ^ epoch) ^ index), where sm is splitmix64. The stream is one of the

@@ -179,21 +179,6 @@ def _result(graph: fx.Graph) -> fx.Node:
     return cast(fx.Node, _returned(graph))
 
 
-class _Shapes(fx.Interpreter):
-    """Records the shape of every node's output."""
-
-    def __init__(self, traced: fx.GraphModule) -> None:
-        super().__init__(traced)
-        self.extra_traceback = False
-        self.found: dict[str, tuple[int, ...]] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if isinstance(result, Tensor):
-            self.found[n.name] = tuple(result.shape)
-        return result
-
-
 def _shapes(traced: fx.GraphModule, sizes: tuple[int, ...]) -> tuple[int, dict[str, tuple[int, ...]]]:
     """Returns the first image size that the module takes, and with it `_shapes_at`; nothing if it takes none."""
     for size in sizes:
@@ -204,14 +189,18 @@ def _shapes(traced: fx.GraphModule, sizes: tuple[int, ...]) -> tuple[int, dict[s
 
 def _shapes_at(traced: fx.GraphModule, size: int) -> dict[str, tuple[int, ...]]:
     """Returns the shape of every node's output for one image, by the node's name."""
+
+    def run(module: fx.GraphModule, device: str) -> dict[str, tuple[int, ...]]:
+        interpreter = fx.Interpreter(module, garbage_collect_values=False)
+        interpreter.extra_traceback = False
+        interpreter.run(torch.zeros(1, 3, size, size, device=device))
+        return {node.name: value.shape for node, value in interpreter.env.items() if isinstance(value, Tensor)}
+
     try:
-        shapes = _Shapes(copy.deepcopy(traced).to("meta"))
-        shapes.run(torch.empty(1, 3, size, size, device="meta"))
+        return run(copy.deepcopy(traced).to("meta"), "meta")
     except Exception:  # the module creates tensors on another device
-        shapes = _Shapes(traced)
         with torch.no_grad():
-            shapes.run(torch.zeros(1, 3, size, size))
-    return shapes.found
+            return run(traced, "cpu")
 
 
 def _cuts(graph: fx.Graph) -> list[fx.Node]:

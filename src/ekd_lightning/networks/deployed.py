@@ -13,7 +13,6 @@ import io
 import json
 import logging
 import re
-import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -28,6 +27,7 @@ from ekd_lightning.errors import UserError, one_line, quiet, require
 from ekd_lightning.files import SEAL, is_intact, read_bytes
 from ekd_lightning.networks.deploy import DEPLOYED, KIND, METADATA_FILE, SUFFIXES, DeployedStudent
 from ekd_lightning.networks.staged import ImageSize, sides
+from ekd_lightning.networks.weights import read_metadata
 
 REQUIRED = ("spec", "class_names", "image_size")
 BEYOND = 0.2
@@ -148,23 +148,10 @@ def load_deployed(path: str | Path, device: torch.device | str = "cpu") -> Deplo
 
 
 def _from_safetensors(path: Path, content: bytes, device: torch.device) -> DeployedModel:
-    try:
-        (length,) = struct.unpack("<Q", content[:8])
-        strings = dict(json.loads(content[8 : 8 + length]).get("__metadata__") or {})
-        state = safetensors.torch.load(content)
-    except (
-        struct.error,
-        ValueError,
-        RecursionError,
-        AttributeError,
-        OverflowError,
-        safetensors.SafetensorError,
-    ) as error:
-        raise UserError(f"{path}: not a safetensors file, or damaged ({type(error).__name__})") from None
-    metadata = _checked_metadata(strings, path, content)
+    metadata = _checked_metadata(read_metadata(path), path, content)
     try:
         student = DeployedStudent.from_spec(metadata["spec"])
-        student.load_state_dict(state, strict=True)
+        student.load_state_dict(safetensors.torch.load(content), strict=True)
     except RuntimeError as error:
         raise UserError(f"{path}: its weights do not fit its description ({one_line(error)})") from None
     except UserError as error:

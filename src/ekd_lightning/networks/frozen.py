@@ -23,7 +23,6 @@ from ekd_lightning.networks.staged import (
     averaged,
     in_memory_format,
     own_stage,
-    resized,
     stage_and_grid,
 )
 from ekd_lightning.networks.student import Branch, BranchedStudent, couple
@@ -34,20 +33,13 @@ log = logging.getLogger(__name__)
 class _Frozen(nn.Module):
     """Base of frozen networks and students: normalisation in float32, stages in `dtype` and their memory format."""
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, normalize: Normalize, dtype: torch.dtype, fold: bool, channels_last: bool) -> None:
         super().__init__()
-        self.dtype, self._fold, self.image_size = dtype, fold, normalize.image_size
+        self.dtype, self._fold, self.normalize = dtype, fold, normalize
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.register_buffer("mean", normalize.mean, persistent=False)
-        self.register_buffer("std", normalize.std, persistent=False)
 
     def _normalized(self, images: Tensor) -> Tensor:
-        if self.image_size is not None:
-            images = resized(images, self.image_size)
-        return ((images - self.mean) / self.std).to(dtype=self.dtype, memory_format=self._memory_format)
+        return self.normalize.unchecked(images).to(dtype=self.dtype, memory_format=self._memory_format)
 
     def _frozen(self, stages: nn.ModuleDict) -> dict[str, nn.Module]:
         return {name: self._frozen_part(stage, name) for name, stage in stages.items()}

@@ -160,8 +160,7 @@ def load_library_network(
     spec: NetworkSpec,
     weights: Path | None,
     *,
-    classes: Sequence[int | str] | None = None,
-    class_names: Sequence[str] = (),
+    classes: Sequence[int] | None = None,
     state_key: str | None = None,
     fresh_head: bool = False,
 ) -> StagedNetwork:
@@ -171,10 +170,8 @@ def load_library_network(
         spec: The network's spec, with the data's number of classes.
         weights: A safetensors file or a checkpoint with the library's tensor names; None for the weights that the
             library publishes.
-        classes: Maps the classes of the weights to those of the data: one position for each class of the data, or the
-            names of all classes of the weights, in their order. A class of the data that the weights lack has the logit
-            `cutting.UNKNOWN_LOGIT`. None if the classes are the same.
-        class_names: Names of the data's classes.
+        classes: For each class of the data its position among those of the weights, see `positions`. A class that the
+            weights lack has the logit `cutting.UNKNOWN_LOGIT`. None if the classes are the same.
         state_key: Key of the weights in a checkpoint; None tries the usual keys.
         fresh_head: Whether a new classifier for the data's classes replaces the trained one.
 
@@ -199,7 +196,7 @@ def load_library_network(
             head = nn.Linear(head.in_features, spec.num_classes, head.bias is not None)
         else:
             assert classes is not None
-            head = select_classes(head, positions(spec, classes, class_names, head.out_features))
+            head = select_classes(head, positions(spec, classes, (), head.out_features))
     if isinstance(head, nn.Linear) and head.out_features != spec.num_classes:
         raise UserError(
             f"teacher {spec.name!r} predicts {head.out_features} classes, the data has {spec.num_classes}: map them "

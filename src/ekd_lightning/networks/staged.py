@@ -109,14 +109,13 @@ class Normalize(nn.Module):
         """
         if not images.is_floating_point():
             raise TypeError(f"images must be floating point in [0, 1], got {images.dtype}; convert uint8 by / 255")
+        return self.unchecked(images).to(self.mean.dtype)
+
+    def unchecked(self, images: Tensor) -> Tensor:
+        """Resizes, bilinearly with antialiasing, and normalises floating-point images; `torch.fx` can trace it."""
         if self.image_size is not None:
-            images = resized(images, self.image_size)
-        return ((images - self.mean) / self.std).to(self.mean.dtype)
-
-
-def resized(images: Tensor, size: int) -> Tensor:
-    """Resizes images [B, 3, H, W] to [B, 3, size, size], bilinearly with antialiasing; the identity at that size."""
-    return nn.functional.interpolate(images, (size, size), mode="bilinear", antialias=True)
+            images = nn.functional.interpolate(images, (self.image_size,) * 2, mode="bilinear", antialias=True)
+        return (images - self.mean) / self.std
 
 
 def through(stages: nn.ModuleDict, maps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -216,15 +215,10 @@ class StagedNetwork(nn.Module):
         head: nn.Module | None = None,
         fixed_size: int | None = None,
     ) -> None:
-        """Assembles the network from modules, which keep their weights.
+        """Assembles the network from modules, which keep their weights; arguments are the attributes of the class.
 
-        Args:
-            spec: the network's spec.
-            stages: name to module, in the order of execution.
-            num_features: D; with a global pool, the number of channels of the last stage's output.
-            neck: None for a global pool.
-            head: None for a newly initialised linear classifier [D -> C].
-            fixed_size: side in pixels of the only image size that the stages accept; None if they accept any.
+        The neck is a global pool unless one is given; D is then the number of channels of the last stage's output. The
+        head is a newly initialised linear classifier [D -> C] unless one is given.
 
         Raises:
             UserError: when the spec's image size differs from the fixed one.

@@ -61,10 +61,7 @@ def zoo() -> Registry[ZooEntry]:
     text = resources.files(__package__).joinpath("zoo.yaml").read_text(encoding="utf-8")
     entries: Registry[ZooEntry] = Registry("teacher")
     for values in yaml.safe_load(text)["teachers"]:
-        entry = ZooEntry(**values)
-        if entry.id in entries:
-            raise ValueError(f"zoo.yaml holds {entry.id!r} twice")
-        entries[entry.id] = entry
+        entries.register(values["id"])(ZooEntry(**values))
     return entries
 
 

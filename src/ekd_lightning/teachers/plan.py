@@ -116,9 +116,7 @@ def plan_source(
     tabled = partial(
         TabledTeachers,
         folder=folder,
-        image_set_sha256=dataset.train.sha256,
-        num_images=len(dataset.train),
-        more_images=sets[1:],
+        image_sets=sets,
         views=views,
         images=images,
         include_pooled=method.needs_pooled,

@@ -46,11 +46,12 @@ class StoredRows:
 
     Args:
         folder: Folder of the tables.
-        keys: For each teacher the keys of its tables: that of logits and pooled features, then one for each stage.
+        keys: For each teacher the keys of its tables, of the first image set: that of logits and pooled features, then
+            one for each stage.
         live: The teachers.
         names: Their ids, for messages.
         device: Device of the teachers.
-        more_images: Hashes and sizes of further image sets, whose images are numbered after those of the keys.
+        image_sets: Hash and size of each image set.
     """
 
     def __init__(
@@ -60,9 +61,9 @@ class StoredRows:
         live: LiveTeachers,
         names: Sequence[str],
         device: torch.device,
-        more_images: Sequence[tuple[str, int]] = (),
+        image_sets: Sequence[tuple[str, int]],
     ) -> None:
-        self._more_images = more_images
+        self._image_sets = image_sets
         self._folder, self._keys, self._live, self._names, self._device = folder, keys, live, names, device
         self._writable, self._warned = True, False
         self._clipped: set[str] = set()
@@ -71,10 +72,10 @@ class StoredRows:
         self._tables = [[self._opened(key) for key in own] for own in keys]
 
     def _opened(self, key: TableKey) -> TeacherTable | JoinedTables | None:
-        more = [replace(key, image_set_sha256=sha256, num_images=size) for sha256, size in self._more_images]
+        keys = [replace(key, image_set_sha256=sha256, num_images=size) for sha256, size in self._image_sets]
         try:
-            tables = [TeacherTable(self._folder, one) for one in (key, *more)]
-            return JoinedTables(tables) if more else tables[0]
+            tables = [TeacherTable(self._folder, one) for one in keys]
+            return JoinedTables(tables) if len(tables) > 1 else tables[0]
         except OSError as error:
             self._warn(error)
             return None

@@ -13,7 +13,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,16 +20,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ekd_lightning.data.loader import Batch
+from ekd_lightning.data.views import ViewFamily
 from ekd_lightning.networks.staged import ImageSize, TeacherOutput, shape_at
+from ekd_lightning.networks.teachers import TeacherEnsemble
 from ekd_lightning.networks.weights import answers_sha256
 from ekd_lightning.progress import UNSEEN, readable, track
 from ekd_lightning.teachers.rows import DeviceRows, StoredRows, Values, memory_for_rows, row_bytes
 from ekd_lightning.teachers.source import ImagesOf, LiveTeachers, StageCounts, Stages, TeacherFormat, TeacherSource
 from ekd_lightning.teachers.table import LOGITS, POOLED, Halves, Rows, TableKey
-
-if TYPE_CHECKING:
-    from ekd_lightning.data.views import ViewFamily
-    from ekd_lightning.networks.teachers import TeacherEnsemble
 
 log = logging.getLogger(__name__)
 
@@ -59,10 +56,8 @@ class TabledTeachers(TeacherSource):
         ensemble: TeacherEnsemble,
         folder: str | os.PathLike[str],
         *,
-        image_set_sha256: str,
-        num_images: int,
+        image_sets: Sequence[tuple[str, int]],
         views: ViewFamily,
-        more_images: Sequence[tuple[str, int]] = (),
         images: Tensor | None = None,
         include_pooled: bool = False,
         keep_stages: Sequence[str] = (),
@@ -77,11 +72,9 @@ class TabledTeachers(TeacherSource):
         Args:
             ensemble: The frozen teachers; on the batches' device.
             folder: Folder of the tables.
-            image_set_sha256: Hash of the whole image set.
-            num_images: Images in the whole set; `batch.index` lies in 0..num_images-1.
+            image_sets: Hash and size of each whole image set; `batch.index` numbers the images of one after the other.
             views: The view family that `batch.view` refers to.
-            more_images: Hashes and sizes of further image sets, whose images are numbered from `num_images` on.
-            images: int64 [n], the training images; None for the whole set.
+            images: int64 [n], the training images; None for all.
             include_pooled: Whether pooled features are stored and returned. If not, `TeacherOutput.pooled`
                 is the empty tuple.
             keep_stages: Stages whose outputs are kept, too; others are computed whenever they are needed.
@@ -90,7 +83,7 @@ class TabledTeachers(TeacherSource):
         """
         self._live = LiveTeachers(ensemble, how)
         self._device = ensemble.device
-        self._num_images, self._num_views = num_images + sum(size for _, size in more_images), views.num_views
+        self._num_images, self._num_views = sum(size for _, size in image_sets), views.num_views
         self._images = np.arange(self._num_images) if images is None else images.numpy()
         self._columns = (LOGITS, POOLED) if include_pooled else (LOGITS,)
         self._stages = tuple(keep_stages)
@@ -109,8 +102,8 @@ class TabledTeachers(TeacherSource):
             columns = {name: (name, prod(shape)) for name, shape in shapes.items()}
             narrow = TableKey(
                 teacher_sha256=answers_sha256(identity.sha256, identity.network),
-                image_set_sha256=image_set_sha256,
-                num_images=num_images,
+                image_set_sha256=image_sets[0][0],
+                num_images=image_sets[0][1],
                 view_key=views.key,
                 num_views=views.num_views,
                 columns=(columns[LOGITS],),
@@ -120,7 +113,7 @@ class TabledTeachers(TeacherSource):
             first = wide if include_pooled or (Path(folder) / f"{wide.name}.rows").is_file() else narrow
             keys.append([first, *(replace(narrow, columns=(columns[stage],)) for stage in self._stages)])
         names = [identity.id for identity in ensemble.identities]
-        self._stored = StoredRows(Path(folder), keys, self._live, names, self._device, more_images)
+        self._stored = StoredRows(Path(folder), keys, self._live, names, self._device, image_sets)
 
     @property
     def keeping(self) -> bool:
