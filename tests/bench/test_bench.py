@@ -22,7 +22,7 @@ from ekd_lightning.bench.cost import GROUPS, _output_of, by_group, load_cached, 
 from ekd_lightning.bench.ours import BareLoop
 from ekd_lightning.bench.page import page
 from ekd_lightning.bench.parts import Bench, agreement, careful_epoch, sweep
-from ekd_lightning.bench.plain import CarefulLoop, PilImages, PlainLoop
+from ekd_lightning.bench.plain import CarefulLoop, PilImages, PlainLoop, loader_rate
 from ekd_lightning.cli.bench import PARTS, main
 from ekd_lightning.data import load_dataset
 from ekd_lightning.pipeline.prepare import prepare
@@ -73,6 +73,10 @@ def test_pil_images_are_the_images_when_nothing_moves():
     image, label = plain[0]
     assert torch.equal(image, images.images[5].float() / 255)
     assert label == int(images.labels[5])
+
+
+def test_a_loader_of_a_single_batch_has_a_rate():
+    assert loader_rate(load_dataset("digits", "unused").train, torch.arange(8), 8, 5, workers=0) > 0
 
 
 def test_agreement_by_hand():

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Generator
 from dataclasses import replace
 from functools import partial
+from itertools import chain, repeat
 from typing import Any
 
 import numpy as np
@@ -192,7 +193,7 @@ class CarefulLoop(PlainLoop):
 def loader_rate(image_set: ImageSet, index: Tensor, batch_size: int, batches: int, workers: int) -> float:
     """Images per second of the loader alone, over at most `batches` batches."""
     loader = plain_loader(image_set, index, batch_size, workers)
-    batch_iterator = iter(loader)
+    batch_iterator = chain.from_iterable(repeat(loader))  # an epoch may consist of one batch
     ready = min(1 + 2 * workers, 1 + (len(loader) - 1) // 2)
     for _ in range(ready):  # starts the workers and uses up prefetched batches
         next(batch_iterator)
