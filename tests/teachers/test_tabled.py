@@ -135,7 +135,7 @@ def test_without_pooled_there_are_none(ensemble, tmp_path):
 def test_another_image_set_or_format_shares_nothing(ensemble, tmp_path):
     batch = make_batch([1, 2], [0, 1])
     tabled(ensemble, tmp_path).outputs(batch)
-    for change in ({"image_set_sha256": "c" * 64}, {"how": TeacherFormat(precision="bfloat16")}):
+    for change in ({"image_sets": [("c" * 64, N)]}, {"how": TeacherFormat(precision="bfloat16")}):
         other = tabled(ensemble, tmp_path, **change)
         other.outputs(batch)
         assert other.hits == 0
