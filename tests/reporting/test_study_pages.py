@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 from dataclasses import replace
@@ -21,8 +22,9 @@ from ekd_lightning.files import DamagedFileError
 from ekd_lightning.reporting import figures, study_pages
 from ekd_lightning.reporting.blocks import blocks
 from ekd_lightning.reporting.groups import group
+from ekd_lightning.reporting.page import payload
 from ekd_lightning.reporting.report import make_report
-from ekd_lightning.reporting.report_files import page_name, write_records
+from ekd_lightning.reporting.report_files import page_name, runs_csv, write_records
 from ekd_lightning.reporting.study_pages import lead, standings, summary_page
 from ekd_lightning.runs.collection import RunEntry, collect, read_records
 from ekd_lightning.runs.directory import FORMAT
@@ -76,6 +78,19 @@ def test_records_keep_what_runs_found_and_nothing_of_where_they_lay(runs: list[R
     again = write_records(read_records(path), tmp_path / "again")
     assert again[0].read_bytes() == path.read_bytes()
     assert [run.row for run in collect([path]).runs] == [run.row for run in read_records(path)]
+
+
+def test_runs_of_two_files_of_records_are_told_apart(tmp_path: Path) -> None:
+    """Both files name them after study, row, fraction and seed alone."""
+    made = [run for data in ("cifar10", "cifar100") for run in row("ekd", (0.6, 0.7), data=data)]
+    paths = write_records(made, tmp_path)
+    report = make_report(collect(paths))
+    names = {run.name: run for run in report.collection.runs}
+    assert len(names) == len(made)
+    for own, told in zip(report.groups, payload(report)["groups"], strict=True):
+        assert {names[name].get("data") for name in told["runs"]} == {own.runs[0].get("data")}
+    found = list(csv.DictReader(io.StringIO(runs_csv(report))))
+    assert [(one["run"], one["counts"]) for one in found] == [(name, "True") for name in names]
 
 
 def test_a_run_that_was_continued_elsewhere_names_both_machines(tmp_path: Path) -> None:

@@ -164,11 +164,13 @@ def collect(paths: Sequence[Path]) -> Collection:
         UserError: If a path does not exist or is none of these, or no run is found.
     """
     records = [path for path in paths if path.suffix == RECORDS]
-    recorded = tuple(run for path in records for run in read_records(path))
+    recorded: list[RunEntry] = []
+    for path in records:
+        recorded += read_records(path, recorded)
     tops = list(dict.fromkeys(_folder(path) for path in paths if path.suffix != RECORDS))
     found = sorted({directory for top in tops for directory in _walk(top)})
     if recorded and not found:
-        return Collection(Path.cwd(), recorded)
+        return Collection(Path.cwd(), tuple(recorded))
     if not found:
         raise UserError(f"{' '.join(map(str, paths)) or 'no folder'}: no runs found (no status.json or result.json)")
     parents = {top.parent if top in found else top for top in tops}
@@ -185,8 +187,8 @@ def collect(paths: Sequence[Path]) -> Collection:
     return Collection(root, runs, tuple(problems))
 
 
-def read_records(path: Path) -> list[RunEntry]:
-    """Reads the runs of a file of records.
+def read_records(path: Path, others: Sequence[RunEntry] = ()) -> list[RunEntry]:
+    """Reads the runs of a file of records; their names differ from each other and from those of `others`.
 
     Each line is a mapping in JSON. One with `study` says what the runs of the following lines share: parts of their
     `result`, `config` (by dotted keys) and `provenance`, which rows decide, and what the study is (`about`). The other
@@ -218,7 +220,8 @@ def read_records(path: Path) -> list[RunEntry]:
                 if not is_of(value, kinds.get(key, dict[str, Any])):
                     raise ValueError(f"{key} is {value!r:.60}")
             name = record_name(study, row, result)
-            name += f"-{sum(run.name.startswith(name) for run in runs)}" if any(r.name == name for r in runs) else ""
+            names = [run.name for run in (*others, *runs)]
+            name += f"-{sum(one.startswith(name) for one in names)}" if name in names else ""
             run = RunEntry(
                 path.parent / name,
                 name,
