@@ -17,7 +17,7 @@ from rich_runs import rich_result, write_rich
 from ekd_lightning.cli.report import main
 from ekd_lightning.files import write_json, write_yaml
 from ekd_lightning.reporting import page, report_files
-from ekd_lightning.reporting.report import make_report, summary
+from ekd_lightning.reporting.report import kind_of_machine, make_report, summary
 from ekd_lightning.runs.collection import collect
 
 TABLES = ("--no-page", "--no-figures")
@@ -62,6 +62,14 @@ def test_a_damaged_file_is_named_and_the_rest_is_reported(runs, tmp_path, capsys
     assert [bool(group["curves"]) for group in bad] == [name != "metrics.csv"] * len(bad)
     assert [bool(group["reliability"]) for group in bad] == [name != "arrays.npz"] * len(bad)
     assert not (tmp_path / "hurt").exists()
+
+
+@pytest.mark.parametrize("resumed", ["x", ["x"], [None]])
+def test_machines_of_starts_that_are_none_are_unknown(runs, resumed):
+    path = runs / "bad" / "provenance.json"
+    path.write_text(json.dumps({"hardware": {"cpu": "A"}, "resumed": resumed}))
+    (bad,) = (run for run in collect([runs]).runs if run.name == "bad")
+    assert kind_of_machine(bad.provenance) == "unknown hardware"
 
 
 def test_arrays_are_never_unpickled(runs):

@@ -173,6 +173,8 @@ def test_of_equal_rows_of_two_studies_each_is_named(runs: list[RunEntry]) -> Non
             ({}, {"time": 3}),
             ({}, {"provenance": {"hardware": ["cpu"]}}),
             ({}, {"provenance": {"packages": ["torch"]}}),
+            ({}, {"provenance": {"resumed": ["cpu"]}}),
+            ({}, {"provenance": {"resumed": [{"hardware": ["cpu"]}]}}),
         )
     ],
 )

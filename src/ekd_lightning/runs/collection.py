@@ -215,7 +215,7 @@ def read_records(path: Path, others: Sequence[RunEntry] = ()) -> list[RunEntry]:
             )
             row, study, decide = str(own["row"]), str(shared["study"]), shared.get("decide")
             hash(Protocol.of(result))
-            kinds: dict[str, Any] = {"time": str | None, "resumed": list[dict[str, Any]]}
+            kinds: dict[str, Any] = {"time": str | None, "resumed": list[dict[str, dict[str, Any]]]}
             for key, value in {"time": own.get("time"), **provenance}.items():
                 if not is_of(value, kinds.get(key, dict[str, Any])):
                     raise ValueError(f"{key} is {value!r:.60}")

@@ -16,6 +16,7 @@ import numpy as np
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import DamagedFileError, read_bytes, read_json, read_yaml
+from ekd_lightning.roles import is_of
 from ekd_lightning.runs.lock import is_held
 from ekd_lightning.runs.result import NotAResultError, Result
 from ekd_lightning.runs.words import check_words
@@ -293,8 +294,8 @@ class RunDirectory:
             content = read_json(path)
         except FileNotFoundError:
             return {}
-        if not isinstance(content.get("resumed") or [], list):
-            raise DamagedFileError(f"{path}: damaged (resumed is not a list)")
+        if not is_of(content.get("resumed") or [], list[dict[str, Any]]):
+            raise DamagedFileError(f"{path}: damaged (resumed is not a list of mappings)")
         return content
 
     def arrays(self, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
