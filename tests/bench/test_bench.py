@@ -25,6 +25,7 @@ from ekd_lightning.bench.parts import Bench, agreement, careful_epoch, sweep
 from ekd_lightning.bench.plain import CarefulLoop, PilImages, PlainLoop, loader_rate
 from ekd_lightning.cli.bench import PARTS, main
 from ekd_lightning.data import load_dataset
+from ekd_lightning.errors import UserError
 from ekd_lightning.pipeline.prepare import prepare
 from ekd_lightning.training.pool import gather_teachers
 
@@ -77,6 +78,11 @@ def test_pil_images_are_the_images_when_nothing_moves():
 
 def test_a_loader_of_a_single_batch_has_a_rate():
     assert loader_rate(load_dataset("digits", "unused").train, torch.arange(8), 8, 5, workers=0) > 0
+
+
+def test_a_loader_without_a_whole_batch_is_refused():
+    with pytest.raises(UserError, match="recipe.batch_size=8 is larger than the 7 training images"):
+        loader_rate(load_dataset("digits", "unused").train, torch.arange(7), 8, 5, workers=0)
 
 
 def test_agreement_by_hand():

@@ -23,7 +23,7 @@ from torchvision import transforms
 from ekd_lightning.bench import seconds_of
 from ekd_lightning.bench.ours import Job
 from ekd_lightning.data import ImageSet
-from ekd_lightning.data.loader import Batch
+from ekd_lightning.data.loader import Batch, check_batch_size
 from ekd_lightning.networks.staged import NetworkOutput, StagedNetwork, StudentOutput, TeacherOutput
 from ekd_lightning.training.distiller import NetworkAccess
 
@@ -50,7 +50,12 @@ class PilImages(Dataset[tuple[Tensor, int]]):
 def plain_loader(
     image_set: ImageSet, index: Tensor, batch_size: int, workers: int, *, pin: bool = False
 ) -> DataLoader[tuple[Tensor, int]]:
-    """Shuffled batches by PIL transforms; `pin` puts them into pinned memory, from which copies are asynchronous."""
+    """Shuffled batches by PIL transforms; `pin` puts them into pinned memory, from which copies are asynchronous.
+
+    Raises:
+        UserError: If a batch is larger than the set; with unlabelled images, a run may have such batches.
+    """
+    check_batch_size(batch_size, len(index))
     return DataLoader(
         PilImages(image_set, index),
         batch_size,
