@@ -81,7 +81,7 @@ def test_a_loader_of_a_single_batch_has_a_rate():
 
 
 def test_a_loader_without_a_whole_batch_is_refused():
-    with pytest.raises(UserError, match="recipe.batch_size=8 is larger than the 7 training images"):
+    with pytest.raises(UserError, match=r"recipe\.batch_size=8 is larger than the 7 training images"):
         loader_rate(load_dataset("digits", "unused").train, torch.arange(7), 8, 5, workers=0)
 
 

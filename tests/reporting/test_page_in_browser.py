@@ -314,3 +314,20 @@ def test_long_tables_come_in_pages(show, tmp_path):
     page.get_by_role("button", name="Show all").click()
     assert rows(page, "run-table").count() == PAGE + 12
     assert "Not drawn" in page.inner_text("#chart-away")
+
+
+def test_costs_that_hardly_differ_do_not_look_different(show, tmp_path):
+    for name, macs in {"ekd": 12_520_000, "ce": 12_507_000, "kd": 12_507_000}.items():
+        write_run(tmp_path / "runs" / name, result(name, 0, 0.7, macs=macs))
+    (tmp_path / "index.html").write_text(page_of.page(make_report(collect([tmp_path / "runs"]))), encoding="utf-8")
+    page = show(path=tmp_path / "index.html")
+    page.locator("#chart-cost").scroll_into_view_if_needed()
+    page.wait_for_selector("#plot-cost .main-svg")
+    places, (left, right) = page.evaluate(
+        "() => { const plot = document.getElementById('plot-cost');"
+        " return [plot.data.filter((t) => t.mode === 'markers').map((t) => t.x[0]), plot.layout.xaxis.range]; }"
+    )
+    assert right - left > 12.5
+    assert len(places) == 3
+    for one, other in zip(sorted(places), sorted(places)[1:], strict=False):
+        assert 0.005 * (right - left) < other - one < 0.01 * (right - left)

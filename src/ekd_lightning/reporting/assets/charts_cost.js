@@ -11,15 +11,23 @@ function pareto(places) {
   return front;
 }
 
-/** Draws places of equal cost slightly beside each other. */
+const nearlyEqual = (costs) => Math.max(...costs) - Math.min(...costs) <= 0.1 * Math.max(...costs);
+
+/** Draws places that would hide each other beside each other, around their mean cost. */
 function besideEachOther(places) {
   const costs = places.map((p) => p.x);
-  const width = Math.max(...costs) - Math.min(...costs) || 1;
-  for (const x of new Set(costs)) {
-    const same = places.filter((p) => p.x === x);
+  const width = nearlyEqual(costs) ? 2 * Math.max(...costs) : Math.max(...costs) - Math.min(...costs);
+  const clusters = [];
+  for (const place of [...places].sort((a, b) => a.x - b.x)) {
+    const last = clusters.at(-1);
+    if (last && place.x - last.at(-1).x < 0.008 * width) last.push(place);
+    else clusters.push([place]);
+  }
+  for (const same of clusters) {
+    const mean = same.reduce((sum, p) => sum + p.x, 0) / same.length;
     const step = Math.min(0.008, 0.06 / same.length) * width;
     same.forEach((place, position) => {
-      place.at = x + step * (position - (same.length - 1) / 2);
+      place.at = mean + step * (position - (same.length - 1) / 2);
     });
   }
 }
@@ -92,13 +100,15 @@ function byCost({ block, lineStyle, row, cost }) {
   if (exits.length > 1) traces.push(exitTrace(row, exits, lineStyle(row).colour));
   const head = field === "macs" ? "MACs of an image, millions" : "parameters, millions";
   const figures = [...have.map(accuracy), ...prefixes.map((p) => p.figure)];
+  const costs = [...places, ...prefixes].map((p) => p.x).concat(exits.map((e) => MILLION * e.macs));
+  const range = nearlyEqual(costs) ? { range: [0, 2 * Math.max(...costs)] } : {};
   return {
     traces,
-    layout: layout(axis(head), accuracyAxis(figures), { height: 400 }),
+    layout: layout(axis(head, range), accuracyAxis(figures), { height: 400 }),
     caption:
       `${meansOf(have.map(accuracy))}, ${nOf(have)}.` +
       (front.length > 1 ? " Dashed: no setting is both cheaper and better in the mean." : "") +
-      " Settings of equal cost are drawn beside each other." +
+      " Settings of about equal cost are drawn beside each other." +
       (places.length > 2 * MOST_LINES ? " Hover over a mark for its name if the legend has none." : "") +
       (prefixes.length > 1 ? " Open circles: the same student with its first branches only." : ""),
     table: valueTable(
