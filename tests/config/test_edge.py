@@ -376,3 +376,17 @@ def test_retries_of_the_hub_are_one_line(caplog, monkeypatch):
         client.removeFilter(edge._HUB_RETRIES)
     told = "a request to the Hugging Face hub failed ('[Errno -2] Name or service not known'); trying again"
     assert caplog.messages == [told, "You are sending unauthenticated requests"]
+
+
+@pytest.mark.parametrize("first_ends_first", [True, False])
+def test_commands_of_two_threads_leave_no_folder_behind(monkeypatch, tmp_path, first_ends_first):
+    """A folder that stayed would be taken for the place where later commands of the process were started."""
+    monkeypatch.delenv(edge.STARTED_IN, raising=False)
+    monkeypatch.chdir(tmp_path)
+    first, second = edge._started_here(), edge._started_here()
+    first.__enter__()
+    second.__enter__()
+    assert os.environ[edge.STARTED_IN] == str(tmp_path)
+    for one in (first, second) if first_ends_first else (second, first):
+        one.__exit__(None, None, None)
+    assert edge.STARTED_IN not in os.environ

@@ -258,9 +258,14 @@ def restored_environment(*names: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _started_here() -> Iterator[None]:
-    with restored_environment(STARTED_IN):
-        os.environ[STARTED_IN] = os.environ.get(STARTED_IN) or os.getcwd()  # kept where a parent has set it
+    if os.environ.get(STARTED_IN):  # by the process that started this one, or by another thread
         yield
+        return
+    os.environ[STARTED_IN] = os.getcwd()
+    try:
+        yield
+    finally:
+        os.environ.pop(STARTED_IN, None)
 
 
 class _Termination:
