@@ -144,7 +144,10 @@ class BranchedStudent(nn.Module):
     `gate.*`.
 
     Attributes:
-        spec, ensemble, split_after, branch_gradients: see `__init__`.
+        spec: the network that trunk and branches are cut from.
+        ensemble: how the branches' logits are combined: `mean_logits`, `mean_probs` or `gate`.
+        split_after: the last shared stage, or `none`.
+        branch_gradients: `mean`, or `sum` if the branches' own weights get K times the gradient.
         stage_names: names of the stages from image to head, shared stages included, in order.
         num_features: D, the width of every head's input.
         fixed_size: side in pixels of the only image size that the network accepts; None if it accepts any.
