@@ -64,10 +64,13 @@ def test_a_damaged_file_is_named_and_the_rest_is_reported(runs, tmp_path, capsys
     assert not (tmp_path / "hurt").exists()
 
 
-@pytest.mark.parametrize("resumed", ["x", ["x"], [None]])
-def test_machines_of_starts_that_are_none_are_unknown(runs, resumed):
+@pytest.mark.parametrize(
+    "start",
+    [{"resumed": "x"}, {"resumed": ["x"]}, {"resumed": [None]}, {"hardware": "x"}, {"resumed": [{"hardware": ["x"]}]}],
+)
+def test_machines_of_starts_that_are_none_are_unknown(runs, start):
     path = runs / "bad" / "provenance.json"
-    path.write_text(json.dumps({"hardware": {"cpu": "A"}, "resumed": resumed}))
+    path.write_text(json.dumps({"hardware": {"cpu": "A"}, **start}))
     (bad,) = (run for run in collect([runs]).runs if run.name == "bad")
     assert kind_of_machine(bad.provenance) == "unknown hardware"
 

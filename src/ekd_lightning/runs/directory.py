@@ -296,6 +296,9 @@ class RunDirectory:
             return {}
         if not is_of(content.get("resumed") or [], list[dict[str, Any]]):
             raise DamagedFileError(f"{path}: damaged (resumed is not a list of mappings)")
+        for start in (content, *(content.get("resumed") or ())):
+            if not is_of(start.get("hardware") or {}, dict[str, Any]):
+                raise DamagedFileError(f"{path}: damaged (hardware is not a mapping)")
         return content
 
     def arrays(self, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
