@@ -9,9 +9,11 @@ import sys
 import weakref
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ekd_lightning import progress
-from ekd_lightning.progress import Session, Task, importing, part, phase, session, status_line, track
+from ekd_lightning.progress import Session, Task, _Pace, importing, part, phase, session, status_line, track
 
 
 @pytest.fixture
@@ -119,7 +121,36 @@ def test_time_left_in_all_follows_the_pace_of_the_work_that_is_done(clock):
         training.advance(15)
         assert shown.seconds_left == pytest.approx(15 / 150 * 250)
         assert training.seconds_left == pytest.approx(15)
-    assert shown.seconds_left == pytest.approx(15 / 300 * 100)  # it has ended, so it is done
+    assert shown.seconds_left == pytest.approx(15 / 150 * 100)  # it has ended early: the other half is not left
+
+
+def test_a_slow_start_stops_counting_once_as_much_work_again_is_done(clock):
+    shown = Session(["training"], live=True, keep=True)
+    shown.expect({"training": 1000})
+    training = shown.phases["training"]
+    training.total = 1000
+    with training.running():
+        training.advance()
+        for _ in range(10):  # the networks compile
+            clock.pass_(10)
+            assert (shown.seconds_left, training.seconds_left) == (None, None)
+        for _ in range(9):
+            clock.pass_(2)
+            training.advance()
+            estimates = (shown.seconds_left, training.seconds_left)
+        assert estimates == (pytest.approx(2 * 990), pytest.approx(2 * 990))
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), st.floats(0.1, 9)), min_size=4, max_size=60))
+def test_the_pace_is_that_of_the_steps_after_the_first_half(steps):
+    pace, states, worked, seconds = _Pace(), [(0, 0.0)], 0, 0.0
+    for work, duration in steps:
+        worked, seconds = worked + work, seconds + duration
+        left = pace.seconds_left(worked, seconds, 19 * worked)
+        if seconds > 1:
+            states.append((worked, seconds))
+            then, since = max(state for state in states if 2 * state[0] <= worked)
+            assert left == pytest.approx((seconds - since) / (worked - then) * 19 * worked)
 
 
 def test_a_line_says_phase_part_and_time(clock):
@@ -172,7 +203,8 @@ def test_a_phase_that_contains_the_others_tells_the_time_left_and_none_counts_tw
                 assert shown.seconds_left == (None if trial == 0 else pytest.approx(45))
                 clock.pass_(5)
             trials.advance()
-        assert (shown.elapsed, shown.seconds_left) == (20, 20)
+            assert shown.seconds_left == 30 - 10 * trial
+        assert shown.elapsed == 20
 
 
 def test_lines_come_ever_more_rarely_while_nothing_changes(clock, monkeypatch):

@@ -11,6 +11,7 @@ import logging
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import TypeVar
 
@@ -24,6 +25,32 @@ UNSEEN = {"progress": True}
 HEARTBEAT = {"heartbeat": True}
 """`extra` of a log line that only states the progress; log files leave it out."""
 _FIRST_SECONDS, _QUIET_SECONDS, _MOST_SECONDS, _POLL_SECONDS = 3.0, 15.0, 300.0, 0.5
+_LEAST_STATES, _LEAST_SHARE = 5, 0.05  # different states of the work, or share of it, before an estimate
+
+
+class _Pace:
+    """Pace of the later half of the finished work: a slow start, e.g. while networks compile, soon stops counting."""
+
+    def __init__(self) -> None:
+        self._seen: deque[tuple[float, float]] = deque()
+        self._states = 0
+
+    def seconds_left(self, worked: float, seconds: float, left: float) -> float | None:
+        """Returns the seconds for `left` work, after `worked` in `seconds`; None if it is too early to say."""
+        seen = self._seen
+        while seen and seen[-1][0] > worked:  # begun again
+            seen.pop()
+        if not worked or seconds <= 1:
+            return None
+        if not seen or seen[-1][0] < worked:
+            seen.append((worked, seconds))
+            self._states += 1
+        if self._states < _LEAST_STATES and worked < _LEAST_SHARE * (worked + left):
+            return None
+        while len(seen) > 1 and seen[1][0] <= worked / 2:
+            seen.popleft()
+        then, since = seen[0] if seen[0][0] <= worked / 2 else (0.0, 0.0)
+        return (seconds - since) * left / (worked - then)
 
 
 class Task:
@@ -48,6 +75,7 @@ class Task:
         self.part: Task | None = None
         self.active, self.seconds, self.begun, self.weight = False, 0.0, 0.0, 1.0
         self._done, self._since = 0.0, 0.0
+        self._pace = _Pace()
 
     def advance(self, amount: float = 1, note: str | None = None) -> None:
         """Adds to the finished amount, and replaces the note if one is given."""
@@ -75,13 +103,11 @@ class Task:
 
     @property
     def seconds_left(self) -> float | None:
-        """Estimated seconds until the task ends, at the pace so far; None if unknown."""
+        """Estimated seconds until the task ends, see `_Pace`; None if unknown."""
         part, share = self.part, self.share
         if part is not None and part.active and not self.total:
             return part.seconds_left
-        if share is None or share <= self.begun or self.elapsed <= 1:
-            return None
-        return self.elapsed * (1 - share) / (share - self.begun)
+        return None if share is None else self._pace.seconds_left(max(0.0, share - self.begun), self.elapsed, 1 - share)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[Task]:
@@ -120,12 +146,13 @@ class Session:
         self.stack: list[Task] = []
         self.whole: Task | None = None
         self._work: dict[str, float] = {}
+        self._pace = _Pace()
         self._since = time.monotonic()
 
     def renew(self) -> None:
         """Resets all phases that are not running, for the next of several runs."""
         self.phases = {name: task if task.active else Task(name) for name, task in self.phases.items()}
-        self._work = {}
+        self._work, self._pace = {}, _Pace()
 
     def expect(self, work: Mapping[str, float]) -> None:
         """Sets the amounts of work of phases, in one common unit, from which the time left is estimated."""
@@ -144,16 +171,17 @@ class Session:
 
     @property
     def seconds_left(self) -> float | None:
-        """Estimated seconds until all expected phases end, at the pace so far; None without an estimate."""
+        """Estimated seconds until all expected phases end, see `_Pace`; None without an estimate."""
         if self.whole is not None:
             return self.whole.seconds_left
         work, phases = self._work, dict(self.phases)
         known = {name: phases[name] for name in work if name in phases}
-        done = {name: (task.share or 0.0) if task.active else float(task.elapsed > 0) for name, task in known.items()}
-        left = sum(work.values()) - sum(work[name] * share for name, share in done.items())
-        worked = sum(work[name] * max(0.0, share - known[name].begun) for name, share in done.items())
+        over = {name for name, task in known.items() if task.elapsed and not task.active}
+        share = {name: task.share or float(name in over) for name, task in known.items()}
+        left = sum(work[name] * (1 - share.get(name, 0.0)) for name in work.keys() - over)
+        worked = sum(work[name] * max(0.0, share[name] - known[name].begun) for name in known)
         seconds = sum(task.elapsed for task in known.values())
-        return seconds * left / worked if worked and seconds > 1 else None
+        return self._pace.seconds_left(worked, seconds, left)
 
 
 class Reporter:
@@ -347,6 +375,7 @@ class Lines(Reporter):
         if task is None:
             return
         part, words = task.part, task.words()
+        line = status_line(task, session)  # also where it is not due, as the pace is learnt from it
         names = (task.name, part.name if part else None)
         if changed := names != self._reported or words != self._words:
             self._pause = _QUIET_SECONDS
@@ -355,7 +384,7 @@ class Lines(Reporter):
             return
         self._pause = _QUIET_SECONDS if changed else min(2 * self._pause, _MOST_SECONDS)
         self._reported, self._words, self._last_line.time = names, words, time.monotonic()
-        log.info("%s", status_line(task, session), extra=HEARTBEAT)
+        log.info("%s", line, extra=HEARTBEAT)
 
 
 class _LastLine(logging.Handler):
