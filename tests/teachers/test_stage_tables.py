@@ -15,7 +15,7 @@ from tutors import tabled as plain_tabled
 from ekd_lightning.networks import TeacherEnsemble
 from ekd_lightning.networks.staged import on_grid, stage_and_grid
 from ekd_lightning.pipeline.prepare import prepare
-from ekd_lightning.teachers import rows
+from ekd_lightning.teachers import plan, rows
 from ekd_lightning.teachers.plan import present_bytes, table_bytes
 from ekd_lightning.teachers.source import LiveTeachers
 from ekd_lightning.teachers.tabled import TabledTeachers
@@ -242,6 +242,20 @@ def test_a_run_reads_grids_from_tables_and_trains_as_from_live_teachers(train, t
     assert [run.code for run in (first, second, live)] == [0, 0, 0], first.err
     assert [run.result["teacher_table_hit_rate"] for run in (first, second)] == [0.0, 1.0]
     assert first.result["test_nll"] == second.result["test_nll"] == pytest.approx(live.result["test_nll"], rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("words", "all_views"), [(("data.unlabelled=rest", "data.epoch=unlabelled"), True), ((), False)]
+)
+def test_all_views_may_be_needed_where_an_epoch_contains_several_of_an_image(
+    tiny_settings, monkeypatch, words, all_views
+):
+    bounds = []
+    monkeypatch.setattr(plan, "check_disk", lambda folder, needed, *_: bounds.append(needed))
+    for epochs in (1, 99):
+        few = ("data.fraction=0.1", "recipe.batch_size=16", f"recipe.epochs={epochs}")
+        prepare(tiny_settings(GRID.replace("grid: 2", "grid: 4"), *few, *words), "cpu")
+    assert (bounds[0] == bounds[1]) == all_views
 
 
 def test_whole_maps_beside_a_grid_leave_the_teachers_live(tiny_settings):

@@ -102,7 +102,9 @@ def plan_source(
     if unlabelled is not None:
         images = torch.cat((images, unlabelled.index)).sort().values
         sets += [(unlabelled.own.sha256, len(unlabelled))] if unlabelled.own else []
-    needed = _needed_bytes(settings, dataset, len(images), sets, views, teachers, method.needs_pooled, stages)
+    # With unlabelled images, an epoch may contain several views of an image of the other kind.
+    used_views = min(views.num_views, settings.recipe.epochs) if unlabelled is None else None
+    needed = _needed_bytes(dataset, len(images), sets, views, used_views, teachers, method.needs_pooled, stages)
     try:
         present = sum(present_bytes(folder, sha256, views.key, len(teachers), stages) for sha256, _ in sets)
         check_disk(folder, needed, chosen.table_budget_gb * 1e9, present)
@@ -154,18 +156,17 @@ def _log_once(line: str) -> None:
 
 
 def _needed_bytes(
-    settings: Settings,
     dataset: Dataset,
     images: int,
     sets: Sequence[tuple[str, int]],
     views: ViewFamily,
+    used_views: int | None,
     teachers: Sequence[PlannedTeacher],
     pooled: bool,
     stages: Stages,
 ) -> int:
     """Returns an upper bound of the bytes of the run's tables."""
     needed, in_sets = 0, sum(size for _, size in sets)
-    used_views = min(views.num_views, settings.recipe.epochs)
     for teacher in teachers:
         network = build_network(teacher.spec)
         columns: Columns = ((LOGITS, dataset.num_classes),)
