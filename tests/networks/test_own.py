@@ -7,10 +7,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from ekd_lightning.data import ImageSet
 from ekd_lightning.errors import UserError
+from ekd_lightning.evaluation.predict import predict
 from ekd_lightning.methods import TermContext, build_method
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, TeacherEnsemble, build_network, normalization
-from ekd_lightning.networks.own import check_outputs
+from ekd_lightning.networks.own import as_staged, check_outputs
 from ekd_lightning.networks.spec import NORMALIZATIONS, Normalization
 
 SPEC = NetworkSpec("resnet8", 4, normalization("unit"))
@@ -171,6 +173,16 @@ def test_a_trial_changes_nothing():
     check_outputs(student, (16, 12), "student")
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
     assert all(part.training for part in student.modules())
+
+
+def test_the_mode_of_every_part_of_a_module_stays_its_own():
+    module = plain().train()
+    module[1].eval()  # a frozen batch norm
+    network = as_staged(module)
+    images = ImageSet("own", "test", (IMAGES * 255).byte(), torch.zeros(3, dtype=torch.long), ("a",))
+    predict(network, images, batch_size=2)
+    assert [part.training for part in module] == [True, False, True, True, True, True]
+    assert network.training
 
 
 @pytest.mark.parametrize(("terms", "refused"), [("kd_ensemble", True), ("similarity", False)])

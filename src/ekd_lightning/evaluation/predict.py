@@ -6,15 +6,15 @@ One pass in float32, without augmentation. Shape letters: N images, C classes, D
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ekd_lightning.data import ImageSet
 from ekd_lightning.data.views import to_unit
 from ekd_lightning.networks import BranchedStudent, StagedNetwork
+from ekd_lightning.networks.cutting import keeping_modes
 from ekd_lightning.progress import part
 
 
@@ -57,7 +57,8 @@ def predict(
         batch_size: Images per forward pass; affects results only by rounding.
         device: The device to compute on.
     """
-    with _inference(network):
+    with keeping_modes(network), torch.no_grad():
+        network.eval()
         found = [network.outputs(batch)[:2] for batch in batches(images, batch_size, device)]
     logits, pooled = zip(*found, strict=True)
     return Predictions(*(torch.cat([part.float().cpu() for part in parts]) for parts in (logits, pooled)))
@@ -70,7 +71,8 @@ def predict_student(
     # A gate reads the output of the last shared stage.
     stages = () if student.gate is None else (student.split_after,)
     rows: list[list[Tensor]] = []
-    with _inference(student):
+    with keeping_modes(student), torch.no_grad():
+        student.eval()
         for batch in batches(images, batch_size, device):
             output = student.outputs(batch, stages)
             row = [output.logits[None], output.branch_logits, output.pooled]
@@ -87,18 +89,6 @@ def batches(images: ImageSet, batch_size: int, device: torch.device | str) -> It
         for pixels in images.images.split(batch_size):
             yield to_unit(pixels.to(device)).contiguous(memory_format=torch.channels_last)
             task.advance(len(pixels))
-
-
-@contextmanager
-def _inference(network: nn.Module) -> Iterator[None]:
-    """Switches to eval mode without gradients, and restores the mode afterwards."""
-    training = network.training
-    network.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        network.train(training)
 
 
 RELATIVE_TOLERANCE = 1e-4

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -26,6 +26,17 @@ _PROBES = (224, 32, 64)
 """Image sizes in pixels at which stages are detected, unless the network states its own; the first that works."""
 _SMALLER = 1.5
 """A stage ends where maps become smaller by at least this factor, so not at an unpadded convolution."""
+
+
+@contextlib.contextmanager
+def keeping_modes(module: nn.Module) -> Iterator[None]:
+    """Gives every part of a module the mode (train or eval) back that it had before the block."""
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 @dataclass(frozen=True)
@@ -72,13 +83,13 @@ def cut(module: nn.Module, image_size: int | None = None, stages: Mapping[str, s
     linears = [name for name, part in module.named_modules() if isinstance(part, nn.Linear)]
     head = linears[-1] if linears else None
     opened = _opened(module, head, stages or {})
-    training = module.training
-    module.eval()  # leaves out auxiliary classifiers
     try:
-        graph = _Tracer(opened).trace(module)
-        several = not isinstance(_returned(graph), fx.Node)
-        whole = _with_dropout(module, graph)
-        size, shapes = _shapes(fx.GraphModule(whole, graph), (image_size,) if image_size else _PROBES)
+        with keeping_modes(module):
+            module.eval()  # leaves out auxiliary classifiers
+            graph = _Tracer(opened).trace(module)
+            several = not isinstance(_returned(graph), fx.Node)
+            whole = _with_dropout(module, graph)
+            size, shapes = _shapes(fx.GraphModule(whole, graph), (image_size,) if image_size else _PROBES)
     except Exception:  # data-dependent control flow raises many kinds
         if stages:
             raise UserError(
@@ -86,11 +97,10 @@ def cut(module: nn.Module, image_size: int | None = None, stages: Mapping[str, s
                 "stages"
             ) from None
         return Parts(neck=module)
-    finally:
-        module.train(training)
     if several:
         raise UserError(f"{type(module).__name__} returns several values or a container, not a tensor of logits alone")
-    whole.train(training)
+    with keeping_modes(module):
+        whole.train(module.training)
     classifier = _classifier(whole, graph, head)
     ends = _named(whole, graph, stages) if stages else _by_size(graph, shapes, size, classifier)
     parts: dict[str, nn.Module] = {}

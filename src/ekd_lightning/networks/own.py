@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from ekd_lightning.errors import UserError, raised
-from ekd_lightning.networks.cutting import cut, unknown_classes
+from ekd_lightning.networks.cutting import cut, keeping_modes, unknown_classes
 from ekd_lightning.networks.spec import NORMALIZATIONS, NetworkSpec, Normalization
 from ekd_lightning.networks.staged import ImageSize, StagedNetwork, sides
 from ekd_lightning.networks.student import BranchedStudent
@@ -60,7 +60,8 @@ def as_staged(
     name = "unit" if statistics is None else statistics
     spec = NetworkSpec(kind, found, NORMALIZATIONS[name] if isinstance(name, str) else name)
     network = StagedNetwork(spec, parts.stages, parts.num_features, neck=parts.neck, head=parts.head)
-    network.train(module.training)
+    with keeping_modes(module):
+        network.train(module.training)
     network.normalize.to(weight.device)
     return network
 
@@ -83,10 +84,9 @@ def check_outputs(network: StagedNetwork | BranchedStudent, image_size: ImageSiz
     device = next(network.buffers()).device
     images = torch.zeros(2, 3, *sides(image_size), device=device)
     label = f"{where}: network {network.spec.name!r}" if where else f"network {network.spec.name!r}"
-    modes = [(part, part.training) for part in network.modules()]
-    network.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with keeping_modes(network), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            network.eval()
             if isinstance(network, BranchedStudent):
                 logits: object = network.branches[0](network.trunk(images)[0])[0]
             else:
@@ -95,9 +95,6 @@ def check_outputs(network: StagedNetwork | BranchedStudent, image_size: ImageSiz
         raise UserError(f"{where}: {error}" if where else str(error)) from None
     except Exception as error:  # the user's module may raise anything
         raise UserError(f"{label} fails on images {list(images.shape)}: {raised(error)}") from error
-    finally:
-        for part, mode in modes:
-            part.training = mode
     wanted = [len(images), network.spec.num_classes]
     if not isinstance(logits, Tensor):
         raise UserError(f"{label} returns a {type(logits).__name__}, not logits {wanted}")
