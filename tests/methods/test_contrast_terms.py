@@ -12,7 +12,7 @@ from torch import distributed
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods import build_method, build_term
-from ekd_lightning.methods.contrast_terms import TrainingImages
+from ekd_lightning.methods.contrast_terms import MemoryBank, TrainingImages
 from ekd_lightning.methods.losses import noise_contrastive
 
 from .helpers import make_batch, make_student, make_teachers, sizes, step_context, term_context
@@ -137,6 +137,14 @@ def test_rows_are_a_permutation_sorted_by_class():
     assert sorted(rows.tolist()) == list(range(n))
     assert torch.equal(images.rows(INDEX.flip(0)), rows.flip(0))
     assert (LABELS[torch.argsort(rows)].diff() >= 0).all()
+
+
+def test_the_first_view_of_an_image_counts_where_a_batch_has_it_twice():
+    memory = MemoryBank(n, D_EMB, MOMENTUM, torch.Generator().manual_seed(0)).double()
+    before, rows = memory.bank.numpy().copy(), [3, 6, 3, 1, 6]
+    views = torch.nn.functional.normalize(torch.randn(5, D_EMB, dtype=torch.float64))
+    memory.update(torch.tensor(rows), views)
+    np.testing.assert_allclose(memory.bank, moved(before, [3, 6, 1], views[[0, 1, 3]].numpy()))
 
 
 @pytest.mark.parametrize("stranger", [0, 4, 90, 10**9])

@@ -129,11 +129,12 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def update(self, rows: Tensor, embeddings: Tensor) -> None:
-        """Moves entries of the bank towards new embeddings [B, D] of length 1, and normalises them to length 1.
+        """Moves entries of the bank, rows int64 [B], towards new embeddings [B, D]; all have length 1.
 
-        The rows, int64 [B], are all different.
+        Of an image that the batch has twice, as with few labelled images beside unlabelled ones, the first view counts.
         """
-        moved = self.momentum * self.bank[rows] + (1 - self.momentum) * embeddings.to(self.bank)
+        first = (rows[:, None] == rows).int().argmax(1)  # equal rows write equal values, in whatever order
+        moved = self.momentum * self.bank[rows] + (1 - self.momentum) * embeddings[first].to(self.bank)
         self.bank.index_copy_(0, rows, functional.normalize(moved))
 
 
