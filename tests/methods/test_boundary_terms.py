@@ -12,7 +12,6 @@ from torch import nn
 from ekd_lightning.data import load_dataset
 from ekd_lightning.methods import StepContext, build_term
 from ekd_lightning.methods.boundary_terms import attack, choose_base, draw_targets
-from ekd_lightning.methods.options import read_schedule
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, TeacherEnsemble, TeacherIdentity, build_network
 from ekd_lightning.networks import normalization as statistics_of
 from ekd_lightning.networks.convert import load_foreign
@@ -215,15 +214,6 @@ def test_without_a_fitting_image_the_value_is_zero_with_a_graph(live):
     value = make_term()(context(live, labels=wrong))
     assert float(value.detach()) == 0.0
     value.backward()
-
-
-def test_a_schedule_that_has_ended_costs_nothing(live, monkeypatch):
-    term = make_term()
-    term.schedule = read_schedule("x", {"linear": [[0, 2], [0.75, 0]]})
-    here = context(live, term_progress=0.8)
-    monkeypatch.setattr(live, "teacher_outputs", None)
-    monkeypatch.setattr(live, "student_outputs", None)
-    assert float(term(here).detach()) == 0.0
 
 
 def test_a_mixed_image_has_the_class_of_its_larger_share(live):

@@ -99,17 +99,14 @@ class BoundaryDistillation(SoftTerm):
     """H(p_T(t(x')), p_T(z̄(x'))) on attacked images x'; no T², as published.
 
     Heo et al., "Knowledge Distillation with Adversarial Samples Supporting Decision Boundary", AAAI 2019. The
-    outputs of the student (coupled) and of the teacher for x' are computed in the step, unless the scheduled weight is
-    0. Each teacher is attacked, and the mean over the teachers is taken. Only labelled images count; the label of a
-    mixed image is the class with the larger share.
+    outputs of the student (coupled) and of the teacher for x' are computed in the step. Each teacher is attacked, and
+    the mean over the teachers is taken. Only labelled images count; the label of a mixed image is the class with the
+    larger share.
 
     In training mode the student's batch norms normalise the attacked images by their own statistics and add these to
     the running statistics, as in the authors' code.
 
     Args:
-        weight: Factor in the total, >= 0.
-        context: The networks' sizes, the method's temperature, the seed.
-        temperature: T > 0; None for the method's.
         images: The largest number of attacked images in a batch, >= 1.
         steps: The largest number of steps of an attack, >= 1.
         step_size: > 0, in normalised units.
@@ -140,8 +137,6 @@ class BoundaryDistillation(SoftTerm):
     def forward(self, context: StepContext) -> Tensor:
         """Returns the mean over the attacked images and the teachers, in nats; 0 without attacked images."""
         zero = 0.0 * context.student.logits.sum()
-        if self.weight_at(context.progress) == 0.0:
-            return zero
         generator = np.random.default_rng((_STREAM, self.seed, context.step))
         uniform = torch.from_numpy(generator.random(len(context.batch.labels))).to(zero.device)
         parts = [self._teacher_loss(context, m, uniform) for m in range(self.num_teachers)]

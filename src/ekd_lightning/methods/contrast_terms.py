@@ -221,15 +221,12 @@ class ContrastiveRepresentation(FeatureTerm):
     The banks and z are buffers: they are saved in checkpoints and equal in all processes.
 
     Args:
-        weight: Factor in the total, >= 0.
-        context: The networks' sizes, the assignment, the training images and their labels, the seed of the draws.
         features: D, size of the embeddings.
         negatives: m >= 1, for each image and step; shared by both losses and all pairs.
         tau: Temperature of the scores, > 0.
         momentum: Share of the old entry when a bank is updated, in [0, 1).
         scores: How the scores are computed, with equal results: `whole` multiplies with the whole bank, `gathered`
             with the drawn entries only, `auto` takes the cheaper way.
-        reduction: `mean` or `sum` over the K branches.
 
     Raises:
         UserError: For values outside these ranges, training images of a single class, or a context without

@@ -16,9 +16,10 @@ from torch.nn import functional
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods import losses
+from ekd_lightning.methods.adapters import adapted
 from ekd_lightning.methods.context import StepContext, TermContext
 from ekd_lightning.methods.options import choice, number
-from ekd_lightning.methods.pair_terms import FeatureTerm, adapted, different_stages, pair_key
+from ekd_lightning.methods.pair_terms import FeatureTerm, different_stages, pair_key
 from ekd_lightning.methods.terms import register_term
 
 STAGES = ("stage1", "stage2", "stage3")
@@ -28,14 +29,12 @@ STAGES = ("stage1", "stage2", "stage3")
 class Attention(FeatureTerm):
     """Σ_stages mean((Q_s - Q_m)²) with attention maps of length 1: Zagoruyko and Komodakis, ICLR 2017.
 
-    See `losses.attention_loss`. The sum over the stages is averaged over branches and teachers, as in every `PairTerm`.
+    See `losses.attention_loss`; the weight is the paper's β. The sum over the stages is averaged over branches and
+    teachers, as in every `PairTerm`.
 
     Args:
-        weight: Factor in the total, >= 0; the paper's β.
-        context: The networks' sizes and the assignment.
         stages: Stages to compare; channel counts and sizes may differ.
         form: `squared` (published code) or `norm` (the paper's equation).
-        reduction: `mean` or `sum` over the K branches.
 
     Raises:
         UserError: For a stage that a network lacks.
@@ -65,13 +64,9 @@ class FlowOfSolution(FeatureTerm):
     See `losses.flow_loss`.
 
     Args:
-        weight: Factor in the total, >= 0.
-        context: The networks' sizes and the assignment.
         stages: Two or more stages from input to output; each makes a pair with the next.
-        pooling: Before the product, `max` (the paper's) or `average` (RepDistiller's); see
-            `losses.flow_matrix`.
+        pooling: Before the product, `max` (the paper's) or `average` (RepDistiller's); see `losses.flow_matrix`.
         elements: `mean` or `sum` over a matrix's elements.
-        reduction: `mean` or `sum` over the K branches.
 
     Raises:
         UserError: For a stage that a network lacks, or channel counts that differ at a stage.
@@ -134,15 +129,12 @@ class VariationalInformation(FeatureTerm):
     """Σ_stages mean(½ [(μ(f_s) - f_m)² / σ_c² + log σ_c²]): Ahn et al., CVPR 2019, equations 5 and 6.
 
     See `losses.gaussian_loss`. The paper sums over elements with a factor λ; here it is the mean, for the weight 1.
-    μ and σ are dropped after training.
+    Every pair (branch, teacher) has its own μ and σ, which are dropped after training.
 
     Args:
-        weight: Factor in the total, >= 0.
-        context: The networks' sizes and the assignment. Every pair (branch, teacher) has its own μ and σ.
         stages: Stages to compare; channel counts may differ, sizes are averaged to the smaller one.
         initial_variance: Initial σ², > eps.
         eps: Lower bound of σ², > 0, in squared units of the features.
-        reduction: `mean` or `sum` over the K branches.
 
     Raises:
         UserError: For a stage that a network lacks, or values outside these ranges.
@@ -179,7 +171,10 @@ class VariationalInformation(FeatureTerm):
 
 
 class _Relation(FeatureTerm):
-    """Base of losses that compare relations between the images of a batch, from one flattened feature."""
+    """Base of losses that compare relations between the images of a batch.
+
+    The option `feature` is `pooled`, `last` or a stage, whose maps are flattened.
+    """
 
     loss: Callable[[Tensor, Tensor], Tensor]
 
@@ -195,42 +190,21 @@ class _Relation(FeatureTerm):
 
 @register_term("rkd_distance")
 class RelationalDistance(_Relation):
-    """Huber loss between the relative distances of all pairs: RKD-D of Park et al., CVPR 2019, with weight 25.
-
-    Args:
-        weight: Factor in the total, >= 0.
-        context: The networks' sizes and the assignment.
-        feature: `pooled`, `last` or a stage, which is flattened.
-        reduction: `mean` or `sum` over the K branches.
-    """
+    """Huber loss between the relative distances of all pairs: RKD-D of Park et al., CVPR 2019, with weight 25."""
 
     loss = staticmethod(losses.distance_loss)
 
 
 @register_term("rkd_angle")
 class RelationalAngle(_Relation):
-    """Huber loss between the angles of all triples: RKD-A of Park et al., CVPR 2019, with weight 50.
-
-    Args:
-        weight: Factor in the total, >= 0.
-        context: The networks' sizes and the assignment.
-        feature: `pooled`, `last` or a stage, which is flattened.
-        reduction: `mean` or `sum` over the K branches.
-    """
+    """Huber loss between the angles of all triples: RKD-A of Park et al., CVPR 2019, with weight 50."""
 
     loss = staticmethod(losses.angle_loss)
 
 
 @register_term("similarity")
 class SimilarityPreservation(_Relation):
-    """‖S_t - S_s‖²_F / B² with the batch's similarities S: SP of Tung and Mori, ICCV 2019, with weight 3000.
-
-    Args:
-        weight: Factor in the total, >= 0.
-        context: The networks' sizes and the assignment.
-        feature: `last`, `pooled` or a stage.
-        reduction: `mean` or `sum` over the K branches.
-    """
+    """‖S_t - S_s‖²_F / B² with the batch's similarities S: SP of Tung and Mori, ICCV 2019, with weight 3000."""
 
     loss = staticmethod(losses.similarity_loss)
 

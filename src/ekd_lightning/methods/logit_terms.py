@@ -27,7 +27,10 @@ from ekd_lightning.methods.terms import BranchTerm, SoftTerm, Term, register_ter
 
 
 class _CrossEntropy(Term):
-    """Base of both cross-entropies, with label smoothing."""
+    """Base of both cross-entropies, on labelled images alone, with the option `label_smoothing` in [0, 1).
+
+    The targets y of mixed images are their soft labels.
+    """
 
     def __init__(self, weight: float, context: TermContext, *, label_smoothing: float = 0.0, **options: Any) -> None:
         super().__init__(weight, context, **options)
@@ -36,15 +39,7 @@ class _CrossEntropy(Term):
 
 @register_term("ce_ensemble")
 class CrossEntropyEnsemble(_CrossEntropy):
-    """CE(z̄, y): cross-entropy of the student's coupled prediction; y are the soft labels of mixed images.
-
-    Only labelled images count.
-
-    Args:
-        weight: Factor in the total, >= 0.
-        context: The networks' sizes.
-        label_smoothing: In [0, 1).
-    """
+    """CE(z̄, y): cross-entropy of the student's coupled prediction."""
 
     def forward(self, context: StepContext) -> Tensor:
         """Returns the mean over the batch, in nats."""
@@ -53,16 +48,7 @@ class CrossEntropyEnsemble(_CrossEntropy):
 
 @register_term("ce_branch")
 class CrossEntropyBranch(BranchTerm, _CrossEntropy):
-    """mean_k CE(z_k, y): cross-entropy of every branch on its own; y are the soft labels of mixed images.
-
-    Only labelled images count.
-
-    Args:
-        weight: Factor in the total, >= 0.
-        context: The networks' sizes.
-        label_smoothing: In [0, 1).
-        reduction: `mean` or `sum` over the K branches.
-    """
+    """mean_k CE(z_k, y): cross-entropy of every branch on its own."""
 
     def forward(self, context: StepContext) -> Tensor:
         """Returns the mean over the batch and the mean or sum over the branches, in nats."""
@@ -75,10 +61,6 @@ class PseudoLabels(Term):
     """CE(z̄, argmax_c t̄_c): cross-entropy with the most likely class of the teachers' mean logits as the label.
 
     All images count, labelled or not; labels are not used.
-
-    Args:
-        weight: Factor in the total, >= 0.
-        context: The networks' sizes.
     """
 
     needs_labels = False
@@ -91,7 +73,18 @@ class PseudoLabels(Term):
 
 
 class _Distillation(SoftTerm):
-    """Base of both distillation terms: their options, and the loss against a combination of teachers."""
+    """Base of both distillation terms: the loss against a combination of teachers.
+
+    Args:
+        combine: What is averaged over several teachers, `logits` or `probabilities`. For sums of logits see
+            `losses.combine_teachers`.
+        loss: `kl`; `kl_plain`, without the factor T²; or `mse_logits`, the mean squared error of the logits (without
+            T and T²). A student whose ensemble averages probabilities returns log-probabilities as logits; use `kl`
+            for it.
+
+    Raises:
+        UserError: For an unknown value, or `mse_logits` with a temperature or combine=probabilities.
+    """
 
     needs_labels = False
     needs_teachers = True
@@ -118,8 +111,7 @@ class _Distillation(SoftTerm):
         self.uses_temperature = temperature is None and self.accepts_masked
 
     def _value(self, student_logits: Tensor, context: StepContext, weights: Tensor) -> Tensor:
-        assert context.teachers is not None
-        target = losses.combine_teachers(context.teachers.logits, weights, self.temperature, self.combine)
+        target = losses.combine_teachers(context.teacher_logits, weights, self.temperature, self.combine)
         if self.loss == "mse_logits":
             return losses.mse(student_logits, target)
         value = losses.kd_divergence(student_logits, target, self.temperature)
@@ -128,28 +120,13 @@ class _Distillation(SoftTerm):
 
 @register_term("kd_ensemble")
 class DistillationEnsemble(_Distillation):
-    """T² KL(p_T(t̄) ‖ p_T(z̄)): the student's coupled prediction imitates the mean of all teachers.
-
-    Args:
-        weight: Factor in the total, >= 0.
-        context: The networks' sizes and the method's temperature.
-        temperature: T > 0; None for the method's.
-        combine: What is averaged over the teachers, `logits` or `probabilities`. For sums of
-            logits see `losses.combine_teachers`.
-        loss: `kl`; `kl_plain`, without the factor T²; or `mse_logits`, the mean squared error of the logits (without
-            T and T²). A student whose ensemble averages probabilities returns log-probabilities as logits; use `kl`
-            for it.
-
-    Raises:
-        UserError: For an unknown value, or `mse_logits` with a temperature or combine=probabilities.
-    """
+    """T² KL(p_T(t̄) ‖ p_T(z̄)): the student's coupled prediction imitates the mean of all teachers."""
 
     def forward(self, context: StepContext) -> Tensor:
         """Returns the mean over the batch, in nats (or squared logits)."""
-        assert context.teachers is not None
-        M = len(context.teachers.logits)
+        M = len(context.teacher_logits)
         # Created on the device, to avoid a copy from the host in every step.
-        weights_M = torch.full((M,), 1.0 / M, device=context.teachers.logits.device)
+        weights_M = torch.full((M,), 1.0 / M, device=context.teacher_logits.device)
         return self._value(context.student.logits, context, weights_M)
 
 
@@ -161,15 +138,8 @@ class DistillationBranch(BranchTerm, _Distillation):
     separately, with a weight for every image.
 
     Args:
-        weight: Factor in the total, >= 0.
-        context: The networks' sizes, the method's temperature.
-        temperature: T > 0; None for the method's.
-        combine: What is averaged over several teachers of one branch, `logits` or `probabilities`; see
-            `kd_ensemble`.
-        loss: `kl`, `kl_plain` or `mse_logits`; see `kd_ensemble`.
         confidence: Weights v_mb, which sum to 1 over all M teachers for each image: `label` (CA-MKD; only labelled
             images count) or `entropy` (EBKD); None for equal weights. See `losses.image_weights`.
-        reduction: `mean` or `sum` over the K branches.
 
     Raises:
         UserError: For `confidence` with combine=probabilities or loss=mse_logits.
@@ -214,12 +184,8 @@ class DecoupledDistillation(SoftTerm, BranchTerm):
     is the class with the larger share.
 
     Args:
-        weight: Factor in the total, >= 0.
-        context: The networks' sizes, the method's temperature, the assignment.
         alpha: Weight of the target class's part, >= 0.
         beta: Weight of the other classes' part, >= 0.
-        temperature: T > 0; None for the method's.
-        reduction: `mean` or `sum` over the K branches.
     """
 
     needs_teachers = True
@@ -241,14 +207,7 @@ class DecoupledDistillation(SoftTerm, BranchTerm):
 
 @register_term("kd_standardized")
 class StandardizedDistillation(SoftTerm, BranchTerm):
-    """mean_k T² KL(p_T(s(t)) ‖ p_T(s(z_k))) with standardised logits s(z); see `losses.standardized`.
-
-    Args:
-        weight: Factor in the total, >= 0.
-        context: The networks' sizes, the method's temperature, the assignment.
-        temperature: T > 0; None for the method's.
-        reduction: `mean` or `sum` over the K branches.
-    """
+    """mean_k T² KL(p_T(s(t)) ‖ p_T(s(z_k))) with standardised logits s(z); see `losses.standardized`."""
 
     needs_labels = False
     needs_teachers = True

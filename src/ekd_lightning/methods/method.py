@@ -46,7 +46,6 @@ class Method(nn.Module):
     Attributes:
         needs_teachers: Whether `forward` must be given teacher outputs.
         needs_pooled: Whether some term reads the teachers' pooled features; if not, they need not be kept.
-        needs_networks: Whether `forward` must be given the networks themselves.
         teacher_stages: Names of the stage outputs that the teachers must return.
         student_stages: Names of the student's stage outputs that some term reads.
         origin: The arguments of `build_method` as JSON-able values, and the training images' positions and labels if a
@@ -81,7 +80,6 @@ class Method(nn.Module):
         self.origin: dict[str, Any] = {}
         self.needs_teachers = any(term.needs_teachers for term in active.values())
         self.needs_pooled = any(term.needs_pooled for term in active.values())
-        self.needs_networks = any(term.needs_networks for term in active.values())
         self.teacher_stages = _stages(active, "teacher_stages")
         self.student_stages = _stages(active, "student_stages")
         # Most weights never change; a step computes only the scheduled ones.

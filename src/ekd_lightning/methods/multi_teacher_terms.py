@@ -14,18 +14,10 @@ from torch.nn import functional
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods import losses
+from ekd_lightning.methods.adapters import adapted, make_adapter
 from ekd_lightning.methods.context import StepContext, TermContext
 from ekd_lightning.methods.options import choice, number
-from ekd_lightning.methods.pair_terms import (
-    POOLED,
-    FeatureSite,
-    PooledAdapter,
-    adapted,
-    errors_of_images,
-    map_adapter,
-    pair_key,
-    read_sites,
-)
+from ekd_lightning.methods.pair_terms import POOLED, FeatureSite, errors_of_images, pair_key, read_sites
 from ekd_lightning.methods.terms import SoftTerm, Term, register_term
 
 SCALES = ("normalized", "published_code")
@@ -55,8 +47,6 @@ class EntropyDistillation(_WeightedDistillation):
     teacher it is plain distillation.
 
     Args:
-        weight: Factor in the total, >= 0.
-        context: The networks' sizes, the method's temperature.
         temperature: T > 0 of the distillation (entropies are taken at T = 1); None for the method's.
         scale: `normalized`: the weights of an image sum to 1; or `published_code`: (1 - H / Σ H) / M as in the CA-MKD
             repository, whose sum is (M - 1) / M.
@@ -87,9 +77,6 @@ class ConfidenceDistillation(_WeightedDistillation):
     images count.
 
     Args:
-        weight: Factor in the total, >= 0.
-        context: The networks' sizes, the method's temperature.
-        temperature: T > 0; None for the method's.
         scale: `normalized`, as in the paper: the weights of an image sum to 1; or `published_code`, divided once more
             by M as in the authors' repository.
 
@@ -120,9 +107,6 @@ class AdaptiveDistillation(_WeightedDistillation):
     computes the weights of its own part of the batch.
 
     Args:
-        weight: Factor in the total, >= 0.
-        context: The networks' sizes, the method's temperature.
-        temperature: T > 0; None for the method's.
         tolerance: Largest weight of one teacher, in [1/M, 1]; 1/M makes all weights equal. The smaller, the more
             weight a disagreeing teacher keeps. Without effect with one teacher.
         gradient: `batch_mean`: g_m [C] is the mean over the images, as in the authors' code. `images`: g_m
@@ -164,8 +148,6 @@ class ConfidenceFeatures(Term):
     smaller student map instead). Only labelled images count.
 
     Args:
-        weight: Factor in the total, >= 0.
-        context: The networks' sizes.
         feature: `last`, the maps of the last stage, as published; or `pooled`, their average over space, which teacher
             tables always hold.
         grid: Side of a small grid that the maps are averaged to first, as in `pair_terms.FeatureTerm`; None for whole
@@ -199,12 +181,11 @@ class ConfidenceFeatures(Term):
         pairs = [(k, m) for k in range(K) for m in range(M)]
         self.site = FeatureSite(choice("feature", feature, ("last", POOLED)), context, pairs, grid)
         read_sites(self, self.site)
-        make = PooledAdapter if self.site.is_pooled else map_adapter
         for m in range(context.num_teachers):
             context.teacher_width(m)  # raises for a teacher without a linear classifier
-        channels = self.site.student_shape[0]
+        site = self.site
         self.adapters = nn.ModuleDict(
-            {pair_key(k, m): make(channels, self.site.teacher_shapes[m][0]) for k, m in pairs}
+            {pair_key(k, m): make_adapter("project", site.student_shape, site.teacher_shapes[m]) for k, m in pairs}
         )
 
     def forward(self, context: StepContext) -> Tensor:

@@ -26,9 +26,6 @@ class Mutual(SoftTerm, BranchTerm):
     more networks), which has T = 1. Here all branches are updated at once; the authors' code updates them in turn.
 
     Args:
-        weight: Factor in the total, >= 0.
-        context: The networks' sizes, the method's temperature.
-        temperature: T > 0; None for the method's.
         reduction: `mean` or `sum` over the K branches; `sum` gives each network its own loss unscaled.
     """
 
@@ -47,12 +44,6 @@ class SelfDistillation(SoftTerm, BranchTerm):
     ONE (Lan, Zhu and Gong, "Knowledge Distillation by On-the-Fly Native Ensemble", NeurIPS 2018), where z̄ is the
     gated sum of the branches' logits (`student.ensemble=gate`). As the target is detached, the gate learns only from
     the cross-entropy of z̄.
-
-    Args:
-        weight: Factor in the total, >= 0.
-        context: The networks' sizes, the method's temperature.
-        temperature: T > 0; None for the method's.
-        reduction: `mean` or `sum` over the K branches.
     """
 
     needs_labels = False
@@ -78,9 +69,6 @@ class PeerAttention(SoftTerm, BranchTerm):
     a gradient in every step, as DDP requires.
 
     Args:
-        weight: Factor in the total, >= 0.
-        context: The networks' sizes, the method's temperature.
-        temperature: T > 0; None for the method's.
         reduction: `mean` or `sum` over the K-1 peers.
         combine: What α mixes: `logits`, as in the authors' code, or `probabilities` at T.
         divisor: D over the width of Wq and Wk, >= 1; 8 in the authors' code.
@@ -139,9 +127,6 @@ class Leader(SoftTerm):
     The second level of OKDDip (Chen et al., AAAI 2020); the leader is the network to be deployed.
 
     Args:
-        weight: Factor in the total, >= 0.
-        context: The networks' sizes, the method's temperature.
-        temperature: T > 0; None for the method's.
         detach_targets: False lets gradients flow into the peers, as in the authors' code.
     """
 

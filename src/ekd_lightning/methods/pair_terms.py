@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods import losses
+from ekd_lightning.methods.adapters import ADAPTERS, REGRESSORS, adapted, make_adapter
 from ekd_lightning.methods.assignment import build_assignment
 from ekd_lightning.methods.context import StepContext, TermContext
 from ekd_lightning.methods.losses.weights import CONFIDENCES
@@ -23,8 +23,6 @@ from ekd_lightning.methods.terms import BranchTerm, Term, register_term
 from ekd_lightning.networks.staged import LAST, averaged, on_grid, own_stage
 
 POOLED = "pooled"
-ADAPTERS = ("auto", "identity", "project", "conv_reg", "regressor")
-REGRESSORS = ("conv_reg", "regressor")
 
 
 class PairTerm(BranchTerm):
@@ -32,11 +30,6 @@ class PairTerm(BranchTerm):
 
     With one teacher and a plain student it is the single-teacher loss of the literature; with the assignment `mean`,
     the loss of a plain student is the mean over all teachers.
-
-    Args:
-        weight: Factor in the total, >= 0.
-        context: The networks' sizes and the assignment.
-        reduction: `mean` or `sum` over the K branches.
     """
 
     needs_labels = False
@@ -147,13 +140,10 @@ class FeatureTerm(PairTerm):
     """A pair term on one or several features, whose losses are added.
 
     Args:
-        weight: Factor in the total, >= 0.
-        context: The networks' sizes and the assignment.
         places: The features, each `pooled`, `last` or a stage's name.
         grid: Side of a small grid, >= 1, that the maps of student and teachers are averaged to (`average_pool`)
             before they are compared; None for whole maps. Teacher tables always keep such averages: for each stage,
             teacher, image and view channels × grid² × 2 bytes and a checksum of 4 bytes.
-        reduction: `mean` or `sum` over the K branches.
 
     Raises:
         UserError: For a stage that a network lacks, a grid finer than the maps, or a grid with pooled features.
@@ -210,74 +200,10 @@ def pair_key(k: int, m: int) -> str:
     return f"branch{k}_teacher{m}"
 
 
-def adapted(adapter: nn.Module, features: Tensor) -> Tensor:
-    """Applies an adapter; outside autocast, features are first converted to the dtype of its weights."""
-    weight = next(adapter.parameters(), None)
-    if weight is not None and not torch.is_autocast_enabled(features.device.type):
-        features = features.to(weight.dtype)
-    return cast(Tensor, adapter(features))
-
-
 def errors_of_images(student: Tensor, teacher: Tensor) -> Tensor:
     """Returns the mean squared error of each image's features, [B], without a gradient to the teacher's."""
     difference = losses.at_least_float32(student) - losses.at_least_float32(teacher).detach()
     return difference.square().flatten(1).mean(1)
-
-
-class PooledAdapter(nn.Sequential):
-    """Adapter of pooled features, [B, D] -> [B, D_m]: a linear map without bias, then batch norm."""
-
-    def __init__(self, student_features: int, teacher_features: int) -> None:
-        super().__init__(nn.Linear(student_features, teacher_features, bias=False), nn.BatchNorm1d(teacher_features))
-
-    def forward(self, input: Tensor) -> Tensor:  # the name is nn.Sequential's
-        """Maps [B, D] to [B, D_m]."""
-        projected, norm = self[0](input), cast(nn.BatchNorm1d, self[1])
-        if self.training and len(projected) == 1:
-            # A single image has no batch statistics, but must not stop the training as its last batch.
-            return functional.batch_norm(projected, norm.running_mean, norm.running_var, norm.weight, norm.bias)
-        return norm(projected)
-
-
-def map_adapter(student_channels: int, teacher_channels: int) -> nn.Sequential:
-    """Builds an adapter of maps, [B, C, H, W] -> [B, C_m, H, W]: a 1×1 convolution without bias, then batch norm."""
-    conv = nn.Conv2d(student_channels, teacher_channels, kernel_size=1, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(teacher_channels))
-
-
-class ConvRegressor(nn.Sequential):
-    """The regressor of FitNets: one convolution from the student's shape to the teacher's, then ReLU.
-
-    It has two published forms. Romero et al. (2015, section 2.2) use no padding, a kernel of 1 + H - H_m, so that the
-    sizes match, and the teacher's non-linearity. RepDistiller's ConvReg adds batch norm; if one size is twice the
-    other, it uses 3×3 with stride 2, or a transposed 4×4. At equal sizes both forms are 1×1.
-
-    Args:
-        student: (C, H, W).
-        teacher: (C_m, H_m, W_m).
-        norm: False for Romero's form, True for RepDistiller's.
-
-    Raises:
-        UserError: If the student's maps are smaller than the teacher's (in RepDistiller's form, unless half as large).
-    """
-
-    def __init__(self, student: tuple[int, ...], teacher: tuple[int, ...], norm: bool) -> None:
-        (C, *size), (C_m, *size_m) = student, teacher
-        bias = not norm  # batch norm would cancel it
-        conv: nn.Module
-        if norm and size == [2 * length for length in size_m]:
-            conv = nn.Conv2d(C, C_m, kernel_size=3, stride=2, padding=1, bias=bias)
-        elif norm and size_m == [2 * length for length in size]:
-            conv = nn.ConvTranspose2d(C, C_m, kernel_size=4, stride=2, padding=1, bias=bias)
-        elif size[0] >= size_m[0] and size[1] >= size_m[1]:
-            kernel = (1 + size[0] - size_m[0], 1 + size[1] - size_m[1])
-            conv = nn.Conv2d(C, C_m, kernel, bias=bias)
-        else:
-            raise UserError(
-                f"no regressor from the student's shape {list(student)} to the teacher's {list(teacher)}: use another "
-                "feature, or adapter=project, which averages the larger maps"
-            )
-        super().__init__(conv, *([nn.BatchNorm2d(C_m)] if norm else []), nn.ReLU())
 
 
 @register_term("feature_branch")
@@ -292,12 +218,11 @@ class FeatureBranch(FeatureTerm):
     Maps of unequal height or width are first averaged (`average_pool`) to the smaller of the two, so only channel
     counts must agree. The regressors of FitNets map the sizes themselves instead.
 
-    A method may have one such term per stage, each with its own weight and schedule. At a stage of the trunk, which all
-    branches share, `teachers=all` is mean_m MSE(r_m(h), h_m), with one adapter for each teacher.
+    Pairs (branch, teacher) of weight 0 have no r_km. A method may have one such term per stage, each with its own
+    weight and schedule. At a stage of the trunk, which all branches share, `teachers=all` is mean_m MSE(r_m(h), h_m),
+    with one adapter for each teacher.
 
     Args:
-        weight: Factor in the total, >= 0.
-        context: The networks' sizes and the assignment. Pairs (branch, teacher) of weight 0 have no adapter.
         feature: `pooled` (the head's input), `last` (each network's own last stage) or a stage name.
         adapter: `identity`; `project` (1×1 convolution or linear map without bias, then batch norm); `auto` (identity
             if the channel counts agree, else project); or, for maps, a regressor of FitNets: `conv_reg` (RepDistiller:
@@ -345,7 +270,7 @@ class FeatureBranch(FeatureTerm):
         if adapter == "identity":
             site.require_equal_channels("adapter=identity needs equal channel counts (use auto or project)")
         self.adapters = nn.ModuleDict(
-            {pair_key(k, m): _adapter(adapter, site.student_shape, site.teacher_shapes[m]) for k, m in self.pairs}
+            {pair_key(k, m): make_adapter(adapter, site.student_shape, site.teacher_shapes[m]) for k, m in self.pairs}
         )
 
     @classmethod
@@ -360,8 +285,7 @@ class FeatureBranch(FeatureTerm):
 
     def pair_weights(self, context: StepContext) -> Tensor:
         """Returns A[k, m] of each pair, [P]; with `confidence`, A[k, m] w_mb / B, [P, B]."""
-        assert context.teachers is not None
-        logits_MBC, P = context.teachers.logits.detach(), len(self.pairs)
+        logits_MBC, P = context.teacher_logits.detach(), len(self.pairs)
         shares_P = (
             super().pair_weights(context) if self.uses_assignment else logits_MBC.new_full((P,), 1 / self.num_teachers)
         )
@@ -377,11 +301,3 @@ class FeatureBranch(FeatureTerm):
             student, teacher = losses.to_common_size(student, teacher)
         loss = losses.mse if self.confidence is None else errors_of_images
         return loss(adapted(self.adapters[pair_key(k, m)], student), teacher)
-
-
-def _adapter(kind: str, student: tuple[int, ...], teacher: tuple[int, ...]) -> nn.Module:
-    if kind in REGRESSORS:
-        return ConvRegressor(student, teacher, norm=kind == "conv_reg")
-    if kind == "identity" or (kind == "auto" and student[0] == teacher[0]):
-        return nn.Identity()
-    return (PooledAdapter if len(student) == 1 else map_adapter)(student[0], teacher[0])

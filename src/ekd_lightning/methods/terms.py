@@ -86,25 +86,11 @@ class Term(nn.Module):
         return self.schedule is CONSTANT and type(self).weight_at is Term.weight_at
 
     def weight_at(self, progress: float) -> float:
-        """Returns the weight at a share of the training: `weight` times the schedule.
-
-        Args:
-            progress: In [0, 1].
-
-        Returns:
-            The weight, >= 0; the term is not computed while it is 0.
-        """
+        """Returns the weight, >= 0, at a share of the training in [0, 1]; the term is not computed while it is 0."""
         return self.weight * self.schedule(progress)
 
     def forward(self, context: StepContext) -> Tensor:
-        """Returns the unweighted value of the loss for one step.
-
-        Args:
-            context: Outputs of the student and the teachers, the batch, and step and progress.
-
-        Returns:
-            Scalar with a gradient towards the student and this term's own parameters.
-        """
+        """Returns the unweighted loss of one step, a scalar with gradients to the student and the term's parameters."""
         raise NotImplementedError
 
 
@@ -112,8 +98,6 @@ class SoftTerm(Term):
     """A term with a temperature: its own, or the method's.
 
     Args:
-        weight: Factor in the total, >= 0.
-        context: The networks' sizes, the method's temperature.
         temperature: T, in [0.001, 1000]; None for the method's.
 
     Raises:
@@ -133,8 +117,6 @@ class BranchTerm(Term):
     """A term whose losses of the branches are averaged or summed.
 
     Args:
-        weight: Factor in the total, >= 0.
-        context: The networks' sizes.
         reduction: `mean` or `sum` over the K branches.
 
     Attributes:
@@ -152,32 +134,15 @@ TERMS: Registry[type[Term]] = Registry("term")
 
 
 def register_term(name: str) -> Callable[[TermClass], TermClass]:
-    """Registers a term under a name.
-
-    Args:
-        name: What the user writes in the configuration.
-
-    Returns:
-        The decorator.
-
-    Raises:
-        ValueError: If another class already has the name (when the decorator is applied). Defining the same class
-            again, as in a notebook cell that is run twice, replaces it.
-    """
+    """Returns a decorator that registers a term under the name that users write; see `errors.Registry.register`."""
     return TERMS.register(name)
 
 
 def option_defaults(name: str) -> dict[str, Any]:
     """Returns a term's options: its keyword-only parameters and, if it takes `**options`, those of its base classes.
 
-    Args:
-        name: The term's registered name.
-
-    Returns:
-        Name -> default; `inspect.Parameter.empty` for required options.
-
-    Raises:
-        UserError: If there is no such term.
+    They are a mapping from name to default, `inspect.Parameter.empty` for required options. An unknown term is a
+    `UserError`.
     """
     known: dict[str, Any] = {}
     for cls in TERMS[name].__mro__:
@@ -191,11 +156,7 @@ def option_defaults(name: str) -> dict[str, Any]:
 
 
 def check_option_names(name: str, options: Mapping[str, Any]) -> None:
-    """Checks the names of a term's options without building the term.
-
-    Args:
-        name: The term's registered name.
-        options: Option name -> value; values are not checked.
+    """Checks the names of a term's options, and not their values, without building the term.
 
     Raises:
         UserError: If the term or one of the options does not exist, or a required one is missing.

@@ -6,7 +6,7 @@ No gradient flows to the teacher. Shape letters: B batch, D features; in maps [B
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -39,15 +39,18 @@ NCE_EPS = 1e-7
 """Epsilon of CRD's published code, added to m/n in the denominators."""
 
 
-def to_common_size(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Averages two maps (`average_pool`), [B, C_1, H_1, W_1] and [B, C_2, H_2, W_2], to the smaller height and width.
+def to_common_size(
+    first: Tensor, second: Tensor, pool: Callable[[Tensor, tuple[int, int]], Tensor] = average_pool
+) -> tuple[Tensor, Tensor]:
+    """Pools two maps, [B, C_1, H_1, W_1] and [B, C_2, H_2, W_2], to the smaller height and width.
 
     Vectors [B, D_1] and [B, D_2] stay unchanged.
     """
     if first.shape[2:] == second.shape[2:]:
         return first, second
     size = (min(first.shape[2], second.shape[2]), min(first.shape[3], second.shape[3]))
-    return average_pool(first, size), average_pool(second, size)
+    first, second = (maps if maps.shape[2:] == size else pool(maps, size) for maps in (first, second))
+    return first, second
 
 
 def attention_map(features: Tensor) -> Tensor:
@@ -166,12 +169,10 @@ def flow_matrix(first: Tensor, second: Tensor, pooling: str = "max") -> Tensor:
     Returns:
         [B, C_1, C_2], float32 or wider.
     """
-    first, second = at_least_float32(first), at_least_float32(second)
-    size = (min(first.shape[2], second.shape[2]), min(first.shape[3], second.shape[3]))
     pool = functional.adaptive_max_pool2d if pooling == "max" else average_pool
-    first, second = (f if f.shape[2:] == size else pool(f, size) for f in (first, second))
+    first, second = to_common_size(at_least_float32(first), at_least_float32(second), pool)
     with torch.autocast(first.device.type, enabled=False):  # autocast would multiply in bfloat16
-        return first.flatten(2) @ second.flatten(2).mT / (size[0] * size[1])
+        return first.flatten(2) @ second.flatten(2).mT / first[0, 0].numel()
 
 
 def flow_loss(
