@@ -254,7 +254,7 @@ class TermContext:
 
 def _resolve_stage(name: str, shapes: Mapping[str, StageShape], network: str) -> str:
     own = own_stage(name, shapes) if shapes else name
-    if own not in shapes:
+    if not isinstance(name, str) or own not in shapes:  # a list of names is not hashable
         remedy = (
             "choose one of them, or set the weight of the term to 0"
             if shapes

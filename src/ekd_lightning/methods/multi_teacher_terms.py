@@ -16,7 +16,7 @@ from ekd_lightning.errors import UserError
 from ekd_lightning.methods import losses
 from ekd_lightning.methods.adapters import adapted, make_adapter
 from ekd_lightning.methods.context import StepContext, TermContext
-from ekd_lightning.methods.options import choice, number
+from ekd_lightning.methods.options import choice, number, switch
 from ekd_lightning.methods.pair_terms import POOLED, FeatureSite, errors_of_images, pair_key, read_sites
 from ekd_lightning.methods.terms import SoftTerm, Term, register_term
 
@@ -177,7 +177,7 @@ class ConfidenceFeatures(Term):
         K, M = context.num_branches, context.num_teachers
         self.num_branches, self.num_teachers = K, M
         self.factor = _confidence_factor(scale, M)
-        self.detach_weights = bool(detach_weights)
+        self.detach_weights = switch("detach_weights", detach_weights)
         pairs = [(k, m) for k in range(K) for m in range(M)]
         self.site = FeatureSite(choice("feature", feature, ("last", POOLED)), context, pairs, grid)
         read_sites(self, self.site)
