@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from ekd_lightning.methods import build_method, build_term
+from ekd_lightning.methods import build_term
 from ekd_lightning.methods.feature_terms import GaussianModel
 from ekd_lightning.methods.losses import (
     angles,
@@ -23,7 +23,7 @@ from ekd_lightning.methods.losses import (
 )
 from ekd_lightning.networks.staged import TeacherOutput
 
-from .helpers import STUDENT_STAGES, make_batch, make_student, make_teachers, rand, sizes, step_context, term_context
+from .helpers import STUDENT_STAGES, make_batch, make_student, make_teachers, rand, step_context, term_context
 
 
 def reference_map(f):
@@ -151,31 +151,6 @@ def test_positions_may_be_permuted_alike(seed):
     order = torch.randperm(6, generator=torch.Generator().manual_seed(seed))
     moved = [f.flatten(2)[:, :, order].view_as(f) for f in (first, second)]
     torch.testing.assert_close(flow_matrix(*moved), flow_matrix(first, second))
-
-
-def test_flow_losses_of_branches_and_teachers_are_averaged():
-    student, teachers = make_student(2, dtype=torch.float64), equal_teachers(3)
-    term = build_term("fsp", 1.0, flow_context(2, 3), stages=FLOW)
-    value = term(step_context(student, teachers, make_batch()))
-    pairs = []
-    for k in range(2):
-        for m in range(3):
-            one = student._replace(stages=(student.stages[k],), branch_logits=student.branch_logits[:1])
-            other = TeacherOutput(teachers.logits[:1], teachers.pooled[:1], teachers.stages[m : m + 1])
-            pairs.append(build_term("fsp", 1.0, flow_context(), stages=FLOW)(step_context(one, other, make_batch())))
-    torch.testing.assert_close(value, torch.stack(pairs).mean())
-
-
-def test_the_published_form_has_two_stages():
-    jump: list[list[float]] = [[0, 1], [0.1111, 1], [0.1111, 0]]
-    terms = {
-        "fsp": {"weight": 1.0, "stages": FLOW, "schedule": {"linear": jump}},
-        "ce_ensemble": {"weight": 1.0, "schedule": {"linear": [[s, 1 - f] for s, f in jump]}},
-    }
-    method = build_method("x", terms, sizes(1, 1, teacher_stage_shapes=(STUDENT_STAGES,)))
-    for progress, name in ((0.1, "fsp"), (0.12, "ce_ensemble")):
-        loss = method(make_student(1), equal_teachers(), make_batch(), progress=progress)
-        torch.testing.assert_close(loss.total.double(), loss.terms[name].double())
 
 
 STAGES = ["stage1", "stage2"]

@@ -223,14 +223,6 @@ def test_cross_entropy_with_soft_labels_is_the_textbook_formula(leading, label_s
         assert found.item() == pytest.approx(np.mean(rows), rel=relative)
 
 
-def test_cross_entropy_with_one_hot_labels_is_that_with_labels():
-    logits, labels = rand(3, 5, 4).float(), torch.tensor([0, 3, 1, 1, 2])
-    hot = torch.nn.functional.one_hot(labels, 4).float()
-    torch.testing.assert_close(losses.cross_entropy(logits, hot), losses.cross_entropy(logits, labels))
-    half = losses.cross_entropy(logits.bfloat16(), hot)
-    assert half.dtype == torch.float32
-
-
 def test_the_page_of_methods_lists_every_loss_and_its_snippet_runs():
     page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
     section = page.split("## The losses as functions")[1].split("\n## ")[0]

@@ -118,14 +118,6 @@ def test_peer_attention_against_loops(combine, K, divisor):
     assert term(step_context(student, None, batch)).item() == pytest.approx(total / (K - 1))
 
 
-@settings(max_examples=15, deadline=None)
-@given(scale=st.floats(0, 1e3), seed=st.integers(0, 999))
-def test_attention_sums_to_one(scale, seed):
-    features = scale * torch.randn(3, 5, D, generator=torch.Generator().manual_seed(seed)).double()
-    alpha = built("peer_attention").log_attention(features).exp()
-    torch.testing.assert_close(alpha.sum(1), torch.ones(3, 5, dtype=torch.float64))
-
-
 @pytest.mark.parametrize("name", TERMS)
 def test_zero_where_all_branches_agree(name):
     student, _ = case()
@@ -213,18 +205,6 @@ def test_peer_attention_gradients_in_double_precision(combine):
         return torch.func.functional_call(term, weights, (step_context(moved, None, batch),))
 
     inputs = (student.branch_logits, student.pooled, term.query.weight, term.key.weight)
-    assert torch.autograd.gradcheck(loss, tuple(x.detach().requires_grad_() for x in inputs))
-
-
-def test_attention_gradients_in_double_precision_with_detached_targets():
-    student, batch = case(3, B=2)
-    term = built("peer_attention", 3, divisor=2)
-
-    def loss(query, key):
-        weights = {"query.weight": query, "key.weight": key}
-        return torch.func.functional_call(term, weights, (step_context(student, None, batch),))
-
-    inputs = (term.query.weight, term.key.weight)
     assert torch.autograd.gradcheck(loss, tuple(x.detach().requires_grad_() for x in inputs))
 
 

@@ -133,9 +133,3 @@ def test_a_method_whose_terms_are_all_idle_is_computed_nevertheless():
     assert float(result.total) == 0.0
     assert result.total.requires_grad
     assert float(result.terms["ce_ensemble"]) > 0.0
-
-
-def test_teachers_that_are_needed_now_must_be_there():
-    method = build_method("x", STAGED, sizes())
-    with pytest.raises(ValueError, match="needs the teachers"):
-        method(make_student(), None, make_batch(), progress=0.5)

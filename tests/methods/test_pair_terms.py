@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from dataclasses import replace
 from typing import cast
@@ -130,41 +129,6 @@ def test_two_stages_in_one_training(progress, hint, ce, kd):
     terms = {name: float(value) for name, value in loss.terms.items()}
     expected = hint * terms["hint"] + ce * terms["ce_ensemble"] + kd * terms["kd_ensemble"]
     assert float(loss.total) == pytest.approx(expected, rel=1e-5)
-
-
-def test_kd_of_the_second_stage_is_the_papers_cross_entropy_but_for_a_constant():
-    """λ H(p_T(t), p_T(z)) without T²: the gradients agree."""
-    student, teachers = make_student(1), make_teachers(1)
-    method = two_stages()
-    method(student, teachers, make_batch(), progress=BOUNDARY).total.backward()
-    z, t = student.logits.detach().requires_grad_(), teachers.logits[0].detach()
-    hard = nn.functional.cross_entropy(z, make_batch().labels)
-    soft = -((t / 3).softmax(-1) * (z / 3).log_softmax(-1)).sum(-1).mean()
-    (hard + 4 * soft).backward()
-    torch.testing.assert_close(student.branch_logits.grad[0], z.grad, rtol=1e-3, atol=1e-6)
-
-
-@pytest.mark.parametrize("progress", [0.05, 0.5])
-def test_a_resumed_run_continues_in_its_stage(progress):
-    before = two_stages()
-    after = two_stages(seed=1)
-    after.load_state_dict(copy.deepcopy(before.state_dict()))
-    values = [
-        method(make_student(1), make_teachers(1), make_batch(), step=7, progress=progress).total
-        for method in (before, after)
-    ]
-    assert torch.equal(*values)
-
-
-@pytest.mark.parametrize("progress", [0.05, 0.5])
-def test_every_parameter_has_a_gradient_in_both_stages(progress):
-    method, student = two_stages(), make_student(1)
-    method(student, make_teachers(1), make_batch(), progress=progress).total.backward()
-    assert all(p.grad is not None for p in method.parameters())
-    assert student.branch_logits.grad is not None  # through them, every parameter of a real student
-    maps = student.stages[0]["stage2"].grad
-    moved = [maps is not None and bool(maps.any()), bool(student.branch_logits.grad.any())]
-    assert moved == [progress < BOUNDARY, progress >= BOUNDARY]
 
 
 @pytest.mark.parametrize("name", ["feature_branch", "similarity", "feature_camkd"])

@@ -68,24 +68,6 @@ def test_adapters_follow_shapes_and_assignment():
     assert adapters()["branch0_teacher0"][0].bias is None
 
 
-@pytest.mark.parametrize("feature", ["pooled", "stage1", "last"])
-@pytest.mark.parametrize("assignment", ["mean", "random", [[0.25, 0.75, 0], [0, 0, 1]]])
-def test_feature_term_trains_adapters_and_student_but_not_teachers(feature, assignment):
-    term = build_term("feature_branch", 1.0, term_context(assignment=assignment), feature=feature, adapter="project")
-    student, teachers = make_student(), make_teachers()
-    term(step_context(student, teachers, make_batch(), assignment)).backward()
-    assert all(p.grad is not None for p in term.parameters())
-    assert any(p.grad.abs().sum() > 0 for p in term.parameters())
-    if feature == "pooled":
-        assert (student.pooled.grad.abs().sum((1, 2)) > 0).all()
-        assert all(t.grad is None for t in teachers.pooled)
-    else:
-        stage = "stage2" if feature == "last" else feature
-        assert term.teacher_stages == term.student_stages == (stage,)
-        assert all(s[stage].grad.abs().sum() > 0 for s in student.stages)
-        assert all(t[stage].grad is None for t in teachers.stages)
-
-
 def test_feature_value_by_hand():
     """Identity on equal channels; an 4×4 student map is averaged to the teacher's 2×2."""
     student, teachers = make_student(), make_teachers()

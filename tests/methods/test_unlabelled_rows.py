@@ -9,7 +9,7 @@ import yaml
 from torch.nn import functional
 
 import ekd_lightning.conf
-from ekd_lightning.methods import TermContext, build_method, needs_teachers, terms_with_labels
+from ekd_lightning.methods import StepContext, TermContext, build_method, needs_teachers, terms_with_labels
 from ekd_lightning.methods.terms import TERMS
 from ekd_lightning.networks import (
     BranchedStudent,
@@ -115,18 +115,13 @@ def test_a_mixed_batch_is_distilled_in_full_and_classified_in_part():
 
 def test_terms_that_need_labels_take_them_of_labelled_rows_alone():
     """Every such term gives what it gives of a batch of the labelled rows alone."""
-    from ekd_lightning.methods.context import StepContext
-
-    context = sizes(K=2, M=3)
+    student, teachers, batch = make_student(B=6), make_teachers(B=6), make_batch(6)._replace(num_labelled=4)
+    alone = StepContext(student, teachers, batch).labelled
+    assert len(alone.batch.labels) == len(alone.student.logits) == 4
     for name in ("ce_ensemble", "ce_branch", "dkd", "kd_camkd"):
-        method = build_method(name, {name: {"weight": 1.0}}, context)
-        student, teachers, batch = make_student(B=6), make_teachers(B=6), make_batch(6)
-        whole = StepContext(student, teachers, batch._replace(num_labelled=4))
-        alone = StepContext(whole.labelled.student, whole.labelled.teachers, batch.labelled)
-        part = batch._replace(num_labelled=4).labelled
-        assert len(alone.batch.labels) == 6
-        expected = method(whole.labelled.student, whole.labelled.teachers, part).total
-        assert torch.equal(method(student, teachers, batch._replace(num_labelled=4)).total, expected)
+        method = build_method(name, {name: {"weight": 1.0}}, sizes(K=2, M=3))
+        expected = method(alone.student, alone.teachers, alone.batch).total
+        assert torch.equal(method(student, teachers, batch).total, expected)
 
 
 def test_pseudo_labels_are_the_teachers_most_likely_classes():

@@ -250,9 +250,13 @@ class Method(nn.Module):
             )
         if networks is None and any(term.needs_networks for term in active.values()):
             raise UserError(f"method {self.name!r} needs the networks themselves; pass networks=")
-        matrix_KM = self._assignment_for(student, teachers, step, progress, assignment_KM)
+        matrix_KM = None
+        if self.assignment is not None and teachers is not None:
+            self.check_sizes(len(student.branch_logits), len(teachers.logits))
+            changed_KM = self.assignment_at(step, progress) if assignment_KM is None else assignment_KM
+            matrix_KM = (self.assignment.mean_KM if changed_KM is None else changed_KM).to(student.logits.device)
         context = StepContext(student, teachers, batch, matrix_KM, epoch, step, progress, networks, step_t)
-        labelled = context if batch.num_labelled is None else context.labelled
+        labelled = context.labelled
         values = {key: term(labelled if term.needs_labels else context) for key, term in active.items()}
         for key, value in values.items():
             if value.dim():
@@ -274,20 +278,6 @@ class Method(nn.Module):
         idle = [parameter for key, term in self.named_terms() if key not in active for parameter in term.parameters()]
         inputs = [student.logits, student.branch_logits, *idle]
         return torch.stack([(values.float() * 0.0).sum() for values in inputs]).sum()
-
-    def _assignment_for(
-        self,
-        student: StudentOutput,
-        teachers: TeacherOutput | None,
-        step: int,
-        progress: float,
-        assignment_KM: Tensor | None,
-    ) -> Tensor | None:
-        if self.assignment is None or teachers is None:
-            return None
-        self.check_sizes(len(student.branch_logits), len(teachers.logits))
-        matrix = self.assignment_at(step, progress) if assignment_KM is None else assignment_KM
-        return (self.assignment.mean_KM if matrix is None else matrix).to(student.logits.device)
 
 
 def _stages(terms: Mapping[str, Term], which: str) -> tuple[str, ...]:

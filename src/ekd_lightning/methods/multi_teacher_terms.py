@@ -92,8 +92,7 @@ class ConfidenceDistillation(_WeightedDistillation):
 
     def teacher_weights(self, context: StepContext) -> Tensor:
         """Returns weights [M, B]; columns sum to 1, or to 1 / M with `published_code`."""
-        errors_MB = losses.cross_entropies(context.teacher_logits.detach(), context.batch.targets)
-        return self.factor * losses.confidence_weights(errors_MB)
+        return self.factor * losses.image_weights("label", context.teacher_logits, context.batch.targets)
 
 
 @register_term("kd_aekd")
