@@ -208,6 +208,11 @@ def test_shapes_that_would_broadcast_are_refused(loss):
         loss(rand(3, 5, 4), rand(1, 5, 4))
 
 
+def test_labels_of_fewer_images_are_refused():
+    with pytest.raises(ValueError, match=r"\b6\b.*\b3\b"):
+        losses.cross_entropy(rand(6, 5), LABELS)
+
+
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("leading", [(), (3,)])
 def test_cross_entropy_with_soft_labels_is_the_textbook_formula(leading, label_smoothing):

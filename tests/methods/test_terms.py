@@ -89,9 +89,12 @@ def test_projected_pooled_value_by_hand():
     torch.testing.assert_close(term(step_context(student, teachers, make_batch())), expected)
 
 
-def test_a_last_batch_of_one_image_is_survived():
-    term = build_term("feature_branch", 1.0, term_context(1, 1))
-    out = term(step_context(make_student(1, B=1), make_teachers(1, B=1), make_batch(B=1)))
+@pytest.mark.parametrize("options", [{}, {"feature": "stage1", "grid": 1}])
+def test_a_last_batch_of_one_image_is_survived(options):
+    term = build_term("feature_branch", 1.0, term_context(1, 1), adapter="project", **options)
+    teachers = make_teachers(1, B=1)
+    teachers.stages[0]["stage1.1x1"] = teachers.stages[0]["stage1"].mean((2, 3), keepdim=True)
+    out = term(step_context(make_student(1, B=1), teachers, make_batch(B=1)))
     assert out.isfinite()
 
 

@@ -20,8 +20,7 @@ REGRESSORS = ("conv_reg", "regressor")
 def make_adapter(kind: str, student: tuple[int, ...], teacher: tuple[int, ...]) -> nn.Module:
     """Builds an adapter of one of the kinds `ADAPTERS` from the student's shape to the teacher's.
 
-    Shapes are (D,) or (C, H, W). `project` is a linear map or 1×1 convolution without bias, then batch norm; `auto` is
-    the identity if D or C agree, else `project`.
+    Shapes are (D,) or (C, H, W). `project` is a `Projection`; `auto` is the identity if D or C agree, else `project`.
 
     Raises:
         UserError: As `ConvRegressor`.
@@ -30,10 +29,7 @@ def make_adapter(kind: str, student: tuple[int, ...], teacher: tuple[int, ...]) 
         return ConvRegressor(student, teacher, norm=kind == "conv_reg")
     if kind == "identity" or (kind == "auto" and student[0] == teacher[0]):
         return nn.Identity()
-    if len(student) == 1:
-        return PooledAdapter(student[0], teacher[0])
-    conv = nn.Conv2d(student[0], teacher[0], kernel_size=1, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(teacher[0]))
+    return Projection(student, teacher)
 
 
 def adapted(adapter: nn.Module, features: Tensor) -> Tensor:
@@ -44,17 +40,24 @@ def adapted(adapter: nn.Module, features: Tensor) -> Tensor:
     return cast(Tensor, adapter(features))
 
 
-class PooledAdapter(nn.Sequential):
-    """Adapter of pooled features, [B, D] -> [B, D_m]: a linear map without bias, then batch norm."""
+class Projection(nn.Sequential):
+    """A linear map, for maps a 1×1 convolution, without bias, then batch norm: [B, D, ...] -> [B, D_m, ...].
 
-    def __init__(self, student_features: int, teacher_features: int) -> None:
-        super().__init__(nn.Linear(student_features, teacher_features, bias=False), nn.BatchNorm1d(teacher_features))
+    Shapes are (D,) or (D, H, W).
+    """
+
+    def __init__(self, student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
+        D, D_m = student[0], teacher[0]
+        if len(student) == 1:
+            super().__init__(nn.Linear(D, D_m, bias=False), nn.BatchNorm1d(D_m))
+        else:
+            super().__init__(nn.Conv2d(D, D_m, kernel_size=1, bias=False), nn.BatchNorm2d(D_m))
 
     def forward(self, input: Tensor) -> Tensor:  # the name is nn.Sequential's
-        """Maps [B, D] to [B, D_m]."""
-        projected, norm = self[0](input), cast(nn.BatchNorm1d, self[1])
-        if self.training and len(projected) == 1:
-            # A single image has no batch statistics, but must not stop the training as its last batch.
+        """Maps [B, D, ...] to [B, D_m, ...]."""
+        projected, norm = self[0](input), cast("nn.BatchNorm1d | nn.BatchNorm2d", self[1])
+        if self.training and projected.numel() == projected.shape[1]:
+            # A single vector has no batch statistics, but must not stop the training as its last batch.
             return functional.batch_norm(projected, norm.running_mean, norm.running_var, norm.weight, norm.bias)
         return norm(projected)
 

@@ -44,8 +44,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
         Scalar, float32 or wider, in nats.
     """
     rows = at_least_float32(logits).flatten(0, -2)
-    repeats = (len(rows) // max(len(labels), 1),) + (1,) * (labels.ndim - 1)
-    targets = labels.repeat(repeats)
+    targets = labels.expand(*logits.shape[:-2], *labels.shape).reshape(-1, *labels.shape[1:])
     if targets.is_floating_point():
         targets = targets.to(rows)
     return functional.cross_entropy(rows, targets, label_smoothing=label_smoothing)
