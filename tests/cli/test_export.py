@@ -147,6 +147,17 @@ def test_branches_weights_and_output(run, tmp_path):
     assert "2 branches (2, 0 of the 3 it was trained with" in card
 
 
+def test_the_best_branch_is_that_of_the_highest_validation_accuracy(run, tmp_path):
+    validated = json.loads((run / "result.json").read_text())["val_branch_accuracy"]
+    code, out, _ = call(run, "-o", tmp_path / "best", "--branches", "best")
+    assert code == 0, out
+    model = load(tmp_path / "best" / "student.safetensors")
+    (branch,) = model.metadata["student"]["branches"]
+    assert branch == validated.index(max(validated))
+    images, expected, _ = answers(run, (branch,))
+    assert float((model(images) - expected).abs().max()) < 1e-4
+
+
 def test_late_branches_are_exported_as_one_head(train, tmp_path):
     run = tmp_path / "run"
     assert train(run, "student.branches=3", "student.split_after=stage3").code == 0
@@ -242,6 +253,7 @@ REFUSED = [
     (["--weights", "bets"], ["did you mean 'best'"]),
     (["--branches", "0,x"], ["--branches 0,x"]),
     (["--branches", "0,3"], ["branches 0 to 2, not 3"]),
+    (["--branches", "best", "--weights", "best"], ["--branches best --weights best", "the last weights"]),
     (["--branches", "1,1"], ["named twice"]),
     (["--int8"], ["--int8 --format safetensors", "needs the format onnx"]),
     (["--calibration-images", "0"], ["--calibration-images=0"]),

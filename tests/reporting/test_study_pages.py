@@ -137,6 +137,37 @@ def test_where_ekd_stands_is_what_scipy_says(runs: list[RunEntry]) -> None:
     assert "paired by seed). By method: `ekd` is below in 1; `ekd_pooled` is above in 1." in lead(standings(block))
 
 
+def test_one_branch_is_compared_at_its_own_cost(runs: list[RunEntry], tmp_path: Path) -> None:
+    """It is chosen by validation accuracy, not by test accuracy."""
+
+    def branches(scores: tuple[float, ...], macs: int) -> dict[str, Any]:
+        alone = [
+            {"branches": [k], "accuracy": score, "nll": 1.0, "macs": macs, "num_parameters": 80_000}
+            for k, score in enumerate(scores)
+        ]
+        whole = {"branches": [0, 1], "accuracy": 0.99, "nll": 1.0, "macs": 2 * macs, "num_parameters": 160_000}
+        return {"test_subsets": [*alone, whole], "val_branch_accuracy": [0.6, 0.7], "test_branch_accuracy": [*scores]}
+
+    plain = [run for run in runs if run.row not in ("ekd", "ekd_mean")]
+    macs = max(int(run.get("macs")) for run in plain if run.row == "camkd")
+    dear = [
+        row("ekd", EKD, macs=2 * macs, **branches((0.95, 0.6 + seed / 100), macs))[seed] for seed in range(len(EKD))
+    ]
+    paths = write_records([*plain, *dear], tmp_path)
+    for entries in ([*plain, *dear], [run for path in paths for run in read_records(path)]):
+        (block,) = blocks(group(collection(*entries)))
+        whole, alone = standings(block)
+        assert (whole.ekd.label, alone.ekd.label) == ("ekd", "ekd, one branch")
+        assert alone.ekd.by_seed("test_accuracy") == {seed: 0.6 + seed / 100 for seed in range(len(EKD))}
+        assert (alone.ekd.mean("macs"), whole.ekd.mean("macs")) == (macs, 2 * macs)
+        for name, own in OTHERS.items():
+            expected = [0.6 + seed / 100 - other for seed, other in enumerate(own) if seed < len(EKD)]
+            assert alone.against[name].mean == pytest.approx(sum(expected) / len(expected))
+    heads = [row("ekd", EKD, macs=macs, **branches((0.9, 0.6), macs))[seed] for seed in range(len(EKD))]
+    (block,) = blocks(group(collection(*plain, *heads)))
+    assert [one.ekd.label for one in standings(block)] == ["ekd"]  # one head costs what three do
+
+
 def test_a_method_with_too_few_runs_hides_no_other(runs: list[RunEntry]) -> None:
     """Its only run is the most accurate: the best of the others is compared, and it is named by itself."""
     (block,) = blocks(group(collection(*runs, *row("crd", (0.8,), K=1))))

@@ -96,6 +96,15 @@ def test_the_evaluation_is_in_the_record(run):
     assert [row["accuracy"] for row in subsets[:3]] == pytest.approx(run.result["test_branch_accuracy"], abs=1e-7)
 
 
+def test_the_printed_table_has_the_branch_that_validation_chose_and_its_cost(run):
+    validated = run.result["val_branch_accuracy"]
+    branch = validated.index(max(validated))
+    alone = run.result["test_subsets"][branch]
+    (line,) = [line for line in run.out.splitlines() if line.split()[:3] == ["student:", "branch", str(branch)]]
+    accuracy, parameters, macs = f"{100 * alone['accuracy']:.2f}", f"{alone['num_parameters']:,}", alone["macs"]
+    assert line.split()[3:] == ["alone,", "chosen", "in", "validation", accuracy, parameters, f"{macs / 1e6:.1f}", "M"]
+
+
 def test_teachers_are_recorded_with_hash_and_accuracy(run):
     teachers = run.result["teachers"]
     assert [t["id"] for t in teachers] == ["resnet8-s0", "resnet8-s1"]

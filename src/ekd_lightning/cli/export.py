@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,13 +28,14 @@ if TYPE_CHECKING:
     from ekd_lightning.pipeline.export import ExportOptions
 
 PROGRAM = "ekd-export"
+_BEST = "best"
 PLACES = keys_where(lambda key: is_location(key) and key.startswith("data."))
 EXAMPLES = """\
 examples:
   ekd-export RUN                                          RUN/export/student.safetensors and a model card
   ekd-export RUN --format onnx,torch-export -o exported   for ONNX Runtime, and for PyTorch alone
   ekd-export RUN --format onnx --int8                     also quantised to int8, with its accuracy
-  ekd-export RUN --branches 0 --weights best              one branch, weights of the best epoch
+  ekd-export RUN --branches best                          the branch with the highest validation accuracy, alone
   ekd-export RUN --fold                                   all branches in one head, at the cost of a plain student
   ekd-export RUN data.root=/data                          if the data have moved
   ekd-export STUDY -o students                            the student of each row, in a folder of its own
@@ -54,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("overrides", nargs="*", metavar="KEY=VALUE", help=f"new places of the data: {', '.join(PLACES)}")
     add("--format", default="safetensors", help="safetensors (default), onnx, torch-export, or several: a,b")
     add("-o", "--output", type=Path, help="folder for the files (default: RUN/export)")
-    add("--branches", help="which branches to keep, counted from 0, e.g. 0,2 (default: all)")
+    add("--branches", help="which branches to keep, counted from 0, e.g. 0,2, or best (default: all)")
     add("--weights", default="last", help="last (default), best (by validation accuracy) or ema (moving average)")
     add("--fold", action="store_true", help="fold branches that are linear heads into one head, which is exact")
     add("--no-fold-batch-norm", action="store_true", help="do not fold batch norms into convolutions")
@@ -162,7 +164,7 @@ def _export_run(args: argparse.Namespace) -> _Exported:
             from ekd_lightning.pipeline import export  # noqa: PLC0415 (slow; --help needs none)
             from ekd_lightning.reporting import model_card  # noqa: PLC0415
 
-            options = _options(args)
+            options = _with_best_branch(args, _options(args))
             if args.output:
                 check_directory(folder)
             export.refuse_existing(folder, options, args.force)
@@ -223,12 +225,25 @@ def _options(args: argparse.Namespace) -> ExportOptions:
 
 
 def _branches(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
+    """The positions that --branches names; None for all, or as long as `best` is not known."""
+    if text in (None, _BEST):
         return None
     try:
         return tuple(int(word) for word in text.split(","))
     except ValueError:
-        raise UserError(f"--branches {text}: must be whole numbers separated by commas, e.g. 0,2") from None
+        raise UserError(f"--branches {text}: must be {_BEST}, or whole numbers separated by commas, e.g. 0,2") from None
+
+
+def _with_best_branch(args: argparse.Namespace, options: ExportOptions) -> ExportOptions:
+    """The options with the branch that `--branches best` stands for, see `Result.chosen_branch`."""
+    if args.branches != _BEST:
+        return options
+    if options.weights != "last":
+        raise UserError(f"--branches {_BEST} --weights {options.weights}: branches are validated with the last weights")
+    chosen = RunDirectory(args.run).finished_result().chosen_branch
+    if chosen is None:
+        raise UserError(f"--branches {_BEST}: the run did not validate several branches; give positions, e.g. 0")
+    return replace(options, branches=(chosen,))
 
 
 def _open(args: argparse.Namespace, options: ExportOptions) -> tuple[EvaluationContext, dict[str, Any]]:

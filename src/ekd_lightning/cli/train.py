@@ -231,10 +231,8 @@ def show_result(result: Result, directory: Path, code: Sequence[str]) -> None:
     rows: list[tuple[str, float | None, Mapping[str, Any]]] = [
         ("student: the ensemble" if result.num_branches != 1 else "student", result.test_accuracy, result)
     ]
-    found = [value for value in result.test_branch_accuracy or [] if value is not None]
-    if len(found) > 1:
-        best = max(range(len(found)), key=found.__getitem__)
-        rows.append((f"student: its best branch (branch {best})", found[best], {}))
+    if (branch := result.chosen_branch) is not None and len(found := result.test_branch_accuracy or []) > branch:
+        rows.append((f"student: branch {branch} alone, chosen in validation", found[branch], result.branch_alone or {}))
     rows += [(f"teacher: {teacher['id']}", teacher["test_accuracy"], teacher) for teacher in result.teachers or []]
     cells = (
         (

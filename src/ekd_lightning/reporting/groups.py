@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +17,7 @@ from ekd_lightning.reporting.setups import taught_by
 from ekd_lightning.roles import is_finite
 from ekd_lightning.runs.collection import Collection, RunEntry
 from ekd_lightning.runs.protocol import Protocol
+from ekd_lightning.runs.result import Result
 
 FEW = 5
 """An interval over fewer runs comes with a warning."""
@@ -251,6 +252,23 @@ def make_group(
         varied=varied or {},
         decides=decides,
     )
+
+
+def one_branch(whole: Group) -> Group | None:
+    """The same students cut to one branch each, the most accurate one on validation images, at the cost of this branch.
+
+    Only test accuracy, NLL and costs are known of it. None where a run has not evaluated its branches.
+    """
+    runs = []
+    for run in whole.done:
+        result = run.result
+        if result is None or (alone := result.branch_alone) is None:
+            return None
+        known = {name: result[name] for name in ("method", "data", "seed", "fraction")}
+        known |= {"test_accuracy": alone["accuracy"], "test_nll": alone["nll"]}
+        known |= {name: alone[name] for name in ("macs", "num_parameters")}
+        runs.append(replace(run, result=Result.of(known)))
+    return replace(whole, label=f"{whole.label}, one branch", runs=tuple(runs), duplicates=()) if runs else None
 
 
 def differences(groups: Sequence[Group], reference: str) -> dict[str, Difference]:

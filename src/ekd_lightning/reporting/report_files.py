@@ -28,7 +28,10 @@ SUMMARY_PAGE = "README.md"
 MADE_BY = "Made by `ekd-report` from the records beside this page:"
 PAGE_BEGINS = "Accuracies in percent with the weights after the last epoch"
 """Pages of studies: name of the first page, a text in it, and a text in every other page, by which they are known."""
-_KEPT_LISTS = ("teachers", "chain", "test_branch_accuracy", "pool_teachers", "assistants", "tags", "assignment")
+_KEPT_LISTS = (
+    *("teachers", "chain", "pool_teachers", "assistants", "tags", "assignment"),
+    *("test_branch_accuracy", "val_branch_accuracy"),
+)
 _TEACHER = ("id", "sha256", "test_accuracy", "teachers_sha256")
 _SUFFIXES = (".svg", ".png", ".html", ".md", ".csv", ".json")
 
@@ -168,6 +171,8 @@ def _record(run: RunEntry) -> dict[str, Any]:
     for key, value in (run.result or {}).items():
         if key in ("teachers", "chain"):
             result[key] = [{k: one[k] for k in _TEACHER if k in one} for one in value or []]
+        elif key == "test_subsets":  # of single branches alone
+            result[key] = [one for one in value or [] if len(one["branches"]) == 1]
         elif value is not None and (key in _KEPT_LISTS or not isinstance(value, list | dict)):
             result[key] = value
     provenance = _machine(run.provenance)

@@ -25,7 +25,7 @@ from ekd_lightning.reporting.estimates import (
     share,
 )
 from ekd_lightning.reporting.figure_style import COST_FIGURE, file_name
-from ekd_lightning.reporting.groups import Group, corrected_by_row
+from ekd_lightning.reporting.groups import Group, corrected_by_row, one_branch
 from ekd_lightning.reporting.report import Report, kind_of_machine
 from ekd_lightning.reporting.report_files import MADE_BY, PAGE_BEGINS, SUMMARY_PAGE, page_name
 
@@ -62,13 +62,23 @@ class Standing(NamedTuple):
 
 
 def standings(block: Block) -> list[Standing]:
-    """Compares each row of EKD with all methods of at most 5 % more MACs, except other variants of EKD."""
+    """Compares each row of EKD with all methods of at most 5 % more MACs, except other variants of EKD.
+
+    Where a branch alone costs less than all of them, it is compared at its own cost, too.
+    """
     found = []
-    for ekd in (one for one in block.done if one.method in SUBJECTS):
+    for ekd in (one for whole in block.done if whole.method in SUBJECTS for one in (whole, _cheaper(whole)) if one):
         others = block.rivals(ekd)
         against = corrected_by_row(others, {one.label: ekd.minus(one) for one in others})
         found.append(Standing(block, ekd, against, *best_of(others, against)))
     return found
+
+
+def _cheaper(whole: Group) -> Group | None:
+    """One branch of a row, unless it costs as much as all of them."""
+    alone = one_branch(whole)
+    costs = [(one.mean("macs") or 0.0) if one else 0.0 for one in (alone, whole)]
+    return alone if costs[0] * (1 + SAME_COST) < costs[1] else None
 
 
 def lead(found: Sequence[Standing]) -> str:
@@ -134,7 +144,8 @@ Every row of EKD is compared with every other method that costs at most {100 * S
 Differences are in points, paired by seed, with their 95 % interval. The best other method is the one with the highest
 test accuracy among those with at least {ENOUGH} common seeds, if there are any. This choice flatters it, so the pages
 correct p values for all comparisons. The runs of one line share data, images, views, number of steps and precision.
-Lines that differ in these cannot be compared with each other.
+Lines that differ in these cannot be compared with each other. *One branch* is the branch with the highest validation
+accuracy, deployed without the others (`ekd-export --branches best`).
 
 Pages: {", ".join(map(_link, pages))}. {MADE_BY}
 

@@ -44,6 +44,7 @@ _ROWS: dict[str, Any] = {
     "teachers": list[TeacherRecord],
     "chain": list[AssistantRecord],
     "test_branch_accuracy": list[float | None],
+    "val_branch_accuracy": list[float | None],
     "test_subsets": list[SubsetScores],
     "test_early_exit": list[ExitScores],
     **dict.fromkeys(
@@ -193,6 +194,19 @@ class Result(Mapping[str, Any]):
         Corruptions do not count: images that are not square cannot have them.
         """
         return bool({*EVALUATION_PARTS} - {*(self.evaluated or ())} - {"corruptions"})
+
+    @property
+    def chosen_branch(self) -> int | None:
+        """The branch to use if only one may be: the first with the highest validation accuracy; None if unknown."""
+        scores = self.get("val_branch_accuracy") or []
+        if len(scores) < 2 or None in scores:
+            return None
+        return int(max(range(len(scores)), key=scores.__getitem__))
+
+    @property
+    def branch_alone(self) -> Mapping[str, Any] | None:
+        """Scores and costs of the chosen branch without the others, an entry of `test_subsets`; None if unknown."""
+        return next((one for one in self.get("test_subsets") or [] if one["branches"] == [self.chosen_branch]), None)
 
     def __getitem__(self, name: str) -> Any:
         return getattr(self, name) if name in _hints() else self.more[name]
