@@ -431,3 +431,27 @@ def test_the_published_first_result_is_told_as_its_numbers_are():
         finding = of(found, role)
         assert (finding.verdict, finding.difference.p_holm) == (expected, pytest.approx(p[role])), role
         assert re.search(rf"\b{abs(100 * mean):.2f} points", finding.sentence)
+
+
+@pytest.mark.parametrize("seeds", [3, 2])
+def test_one_branch_is_compared_with_the_best_other_method_of_its_cost(seeds):
+    """The branch is that of the highest validation accuracy; a method that costs more does not count."""
+    best, cheap, dear = (0.70, 0.72, 0.73), (0.66, 0.67, 0.70), (0.9, 0.91, 0.93)
+    runs = []
+    for seed in range(seeds):
+        alone = {"branches": [1], "accuracy": best[seed], "nll": 1.0, "macs": 12_000_000, "num_parameters": 80_000}
+        other = {**alone, "branches": [0], "accuracy": 0.95}
+        branches = {"test_subsets": [other, alone], "val_branch_accuracy": [0.5, 0.6], "macs": 30_000_000}
+        runs.append(entry(result("ekd", seed, 0.95, **branches), f"e{seed}"))
+        runs.append(entry(result("kd_mean", seed, cheap[seed], macs=12_000_000), f"k{seed}"))
+        runs.append(entry(result("camkd", seed, dear[seed], macs=25_000_000), f"c{seed}"))
+    (remark,) = [line for line in told(*runs).remarks if line.startswith("One branch alone")]
+    expected = f"has {100 * np.mean(best[:seeds]):.2f} % at 12.0 M MACs"
+    if seeds > 2:
+        test = stats.ttest_rel(best, cheap)
+        low, high = (f"{100 * end:+.2f}".replace("-", "−") for end in test.confidence_interval(0.95))
+        assert f"(kd_mean): +{100 * np.mean(np.subtract(best, cheap)):.2f} points" in remark
+        assert f"{low} to {high}" in remark
+        assert expected in remark
+    else:
+        assert remark == f"One branch alone, chosen on validation images, {expected}."

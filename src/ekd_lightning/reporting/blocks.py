@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ekd_lightning.errors import UserError
-from ekd_lightning.reporting.groups import Group, make_group
+from ekd_lightning.reporting.groups import Group, make_group, one_branch
 from ekd_lightning.reporting.setups import needed, short, taught_by
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.protocol import ComparisonGroup, Protocol, Training, comparison_groups
@@ -81,6 +81,13 @@ class Block:
     def fraction(self) -> float | None:
         """Share of the training images in (0, 1]; None if unknown (no run is done and none was set)."""
         return self.protocol.fraction
+
+
+def cheaper_branch(whole: Group) -> Group | None:
+    """`one_branch` of a group; None also where it costs as much as all branches, as a head does."""
+    alone = one_branch(whole)
+    costs = [(one.mean("macs") or 0.0) if one else 0.0 for one in (alone, whole)]
+    return alone if costs[0] * (1 + SAME_COST) < costs[1] else None
 
 
 def blocks(groups: Sequence[Group]) -> list[Block]:

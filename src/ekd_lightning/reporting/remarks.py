@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 from ekd_lightning.reporting import estimates as es
-from ekd_lightning.reporting.blocks import SUBJECTS, Block
+from ekd_lightning.reporting.blocks import SUBJECTS, Block, cheaper_branch
 from ekd_lightning.reporting.groups import FEW, Group, branched
 from ekd_lightning.reporting.setups import describe
 from ekd_lightning.runs.directory import RunState
@@ -37,7 +37,12 @@ def remarks(
     candidates = [group for group in block.done if group.method in SUBJECTS and group.student == subject.student]
     siblings = [group for group in candidates if group.method == subject.method]
     found = [_chosen(subject, branched(candidates)), _trend("K", subject, siblings), _trend("M", subject, siblings)]
-    found += [_cost(subject, controls.get("plain")), _ensemble(subject), *_heterogeneity(subject, controls)]
+    found += [
+        _cost(subject, controls.get("plain")),
+        _ensemble(subject),
+        _one_branch(block, subject),
+        *_heterogeneity(subject, controls),
+    ]
     found += [_chance(block, subject), "" if "equal_cost" in controls else NO_EQUAL_COST]
     pairs = [difference.n for difference in differences if difference is not None and difference.half is not None]
     if pairs and min(pairs) < FEW:
@@ -131,6 +136,26 @@ def _ensemble(subject: Group) -> str:
         if gain := subject.values(key):
             parts.append(f"minus {what}: {es.points(gain.mean)} points ({es.interval_words(gain)}, n = {gain.n})")
     return f"Ensemble accuracy {'; '.join(parts)}." if parts else ""
+
+
+def _one_branch(block: Block, subject: Group) -> str:
+    """What one branch achieves at its own cost, beside the best other method of this cost."""
+    alone = cheaper_branch(subject)
+    if alone is None or alone.accuracy is None:
+        return ""
+    text = (
+        f"One branch alone, chosen on validation images, has {es.share(alone.accuracy.mean)} % "
+        f"at {(alone.mean('macs') or 0.0) / 1e6:.1f} M MACs"
+    )
+    found = {one.label: (one, alone.minus(one)) for one in block.rivals(alone)}
+    compared = [one for one, difference in found.values() if difference and difference.half is not None]
+    if not compared:
+        return f"{text}."
+    best = max(compared, key=lambda one: one.mean_accuracy)
+    difference = found[best.label][1]
+    assert difference is not None
+    by = f"{es.points(difference.mean)} points ({es.interval_words(difference)}, n = {es.plural(difference.n, 'pair')})"
+    return f"{text}; minus the best other method of at most this cost ({best.label}): {by}."
 
 
 def _heterogeneity(subject: Group, controls: Mapping[str, Group]) -> list[str]:

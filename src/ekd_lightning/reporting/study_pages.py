@@ -12,7 +12,7 @@ from ekd_lightning import markdown as md
 from ekd_lightning.files import write_text
 from ekd_lightning.reporting import tables
 from ekd_lightning.reporting.answer import best_of
-from ekd_lightning.reporting.blocks import SAME_COST, SUBJECTS, Block
+from ekd_lightning.reporting.blocks import SAME_COST, SUBJECTS, Block, cheaper_branch
 from ekd_lightning.reporting.estimates import (
     ENOUGH,
     SIGNIFICANCE,
@@ -25,7 +25,7 @@ from ekd_lightning.reporting.estimates import (
     share,
 )
 from ekd_lightning.reporting.figure_style import COST_FIGURE, file_name
-from ekd_lightning.reporting.groups import Group, corrected_by_row, one_branch
+from ekd_lightning.reporting.groups import Group, corrected_by_row
 from ekd_lightning.reporting.report import Report, kind_of_machine
 from ekd_lightning.reporting.report_files import MADE_BY, PAGE_BEGINS, SUMMARY_PAGE, page_name
 
@@ -67,18 +67,13 @@ def standings(block: Block) -> list[Standing]:
     Where a branch alone costs less than all of them, it is compared at its own cost, too.
     """
     found = []
-    for ekd in (one for whole in block.done if whole.method in SUBJECTS for one in (whole, _cheaper(whole)) if one):
+    for ekd in (
+        one for whole in block.done if whole.method in SUBJECTS for one in (whole, cheaper_branch(whole)) if one
+    ):
         others = block.rivals(ekd)
         against = corrected_by_row(others, {one.label: ekd.minus(one) for one in others})
         found.append(Standing(block, ekd, against, *best_of(others, against)))
     return found
-
-
-def _cheaper(whole: Group) -> Group | None:
-    """One branch of a row, unless it costs as much as all of them."""
-    alone = one_branch(whole)
-    costs = [(one.mean("macs") or 0.0) if one else 0.0 for one in (alone, whole)]
-    return alone if costs[0] * (1 + SAME_COST) < costs[1] else None
 
 
 def lead(found: Sequence[Standing]) -> str:
