@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from dataclasses import replace
 from typing import cast
 
@@ -211,6 +212,15 @@ def test_all_teachers_teach_a_stage_of_the_trunk_and_its_own_teacher_that_of_a_b
     every = maps_term(teachers="all")  # of each branch, where nothing is shared
     assert len(every.pairs) == 6
     assert value(every, student, teachers) == pytest.approx(found.mean())
+
+
+def test_nothing_is_assigned_where_all_teachers_teach_the_trunk():
+    terms = {"maps": {"type": "feature_branch", "weight": 1.0, "feature": "stage1", "teachers": "auto"}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no teacher is idle
+        assert build_method("x", terms, sizes(2, 3, shared_stages=("stem", "stage1"))).assignment is None
+    with pytest.warns(UserWarning, match=r"teachers \[2\] .* teach no branch"):
+        assert build_method("x", terms, sizes(2, 3)).assignment is not None
 
 
 @pytest.mark.parametrize("kind", ["label", "entropy"])

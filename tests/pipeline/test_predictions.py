@@ -14,6 +14,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, log_loss
 
 from ekd_lightning.data import choose_subset, load_dataset
 from ekd_lightning.evaluation.diversity import spread_over_runs
+from ekd_lightning.methods import TermContext
 from ekd_lightning.networks import (
     BranchedStudent,
     NetworkSpec,
@@ -181,11 +182,15 @@ def test_student_and_teachers_stay_as_they_were(make, teachers):
         ({"terms": {**TERMS, "kd_branch": {"weight": 0.0}}}, [None] * 3),
         ({"terms": {"feature_branch": {"weight": 1.0, "teachers": "all"}}}, [None] * 3),
         ({"terms": {"feature_branch": {"weight": 1.0, "teachers": "auto"}}}, [0, 1, 2]),
+        ({"terms": {"feature_branch": {"weight": 1.0, "teachers": "auto", "feature": "stage2"}}}, [0, 1, 2]),
+        ({"terms": {"feature_branch": {"weight": 1.0, "teachers": "auto", "feature": "stage1"}}}, [None] * 3),
     ],
 )
 def test_own_teachers_are_those_of_the_training(method, own):
     settings = Settings(method=MethodSettings(**{"terms": TERMS, **method}))
-    assert final_teachers(settings, 3, 3) == own
+    shapes = {"stage1": (4, 8, 8), "stage2": (8, 4, 4)}
+    student = TermContext(10, 3, 0, student_stage_shapes=shapes, shared_stages=("stage1",))
+    assert final_teachers(settings, student, 3) == own
 
 
 def test_arrays_of_several_runs_give_the_spread_over_seeds(make):

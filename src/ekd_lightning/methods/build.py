@@ -56,7 +56,7 @@ def build_method(
     entries = _entries(terms)
     T = DEFAULT_TEMPERATURE if temperature is None else temperature_of("method.temperature", temperature)
     built = None
-    if M > 0 and any(entry.uses_assignment for entry in entries.values()):
+    if M > 0 and _use_assignment(entries, context):
         kind = "one_to_one" if assignment is None else assignment
         built = build_assignment(kind, K, M, context.seed)
     context = replace(context, temperature=T, assignment=built)
@@ -110,9 +110,12 @@ def terms_with_labels(terms: Mapping[str, Mapping[str, Any]]) -> tuple[list[str]
     return found, len(found) == len(entries)
 
 
-def uses_assignment(terms: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Returns whether a method with these settings uses the assignment; raises as `build_method`."""
-    return any(entry.uses_assignment for entry in _entries(terms).values())
+def uses_assignment(terms: Mapping[str, Mapping[str, Any]], context: TermContext) -> bool:
+    """Returns whether a method with these settings uses the assignment; raises as `build_method`.
+
+    Of the context, only the student counts.
+    """
+    return _use_assignment(_entries(terms), context)
 
 
 class _Entry(NamedTuple):
@@ -126,10 +129,6 @@ class _Entry(NamedTuple):
     @property
     def cls(self) -> type[Term]:
         return TERMS[self.kind]
-
-    @property
-    def uses_assignment(self) -> bool:
-        return self.cls.uses_assignment_with(self.options)
 
 
 def _entries(terms: Mapping[str, Mapping[str, Any]]) -> dict[str, _Entry]:
@@ -148,6 +147,14 @@ def _entries(terms: Mapping[str, Mapping[str, Any]]) -> dict[str, _Entry]:
         weight = number(f"{where}.weight", spec["weight"], low=0.0)
         entries[key] = _Entry(kind, weight, read_schedule(f"{where}.schedule", spec.get("schedule")), options)
     return {key: entry for key, entry in entries.items() if entry.weight > 0}
+
+
+def _use_assignment(entries: Mapping[str, _Entry], context: TermContext) -> bool:
+    for key, entry in entries.items():
+        with _errors_at(f"method.terms.{key}"):
+            if entry.cls.uses_assignment_with(entry.options, context):
+                return True
+    return False
 
 
 def _build(key: str, entry: _Entry, context: TermContext) -> Term:

@@ -251,7 +251,7 @@ class FeatureBranch(FeatureTerm):
         confidence: str | None = None,
         **options: Any,
     ) -> None:
-        shared = feature != POOLED and context.student_stage(feature) in context.shared_stages
+        shared = _is_shared(feature, context)
         by_all = choice("teachers", teachers, ("assigned", "all", "auto")) == "all" or (teachers == "auto" and shared)
         K, M = 1 if shared else context.num_branches, context.num_teachers
         if by_all:
@@ -279,9 +279,10 @@ class FeatureBranch(FeatureTerm):
         return options.get("confidence") == "label"
 
     @classmethod
-    def uses_assignment_with(cls, options: Mapping[str, Any]) -> bool:
+    def uses_assignment_with(cls, options: Mapping[str, Any], context: TermContext) -> bool:
         """See `Term`."""
-        return options.get("teachers") != "all"
+        teachers, feature = options.get("teachers"), options.get("feature", POOLED)
+        return teachers != "all" and not (teachers == "auto" and _is_shared(feature, context))
 
     def pair_weights(self, context: StepContext) -> Tensor:
         """Returns A[k, m] of each pair, [P]; with `confidence`, A[k, m] w_mb / B, [P, B]."""
@@ -301,3 +302,8 @@ class FeatureBranch(FeatureTerm):
             student, teacher = losses.to_common_size(student, teacher)
         loss = losses.mse if self.confidence is None else errors_of_images
         return loss(adapted(self.adapters[pair_key(k, m)], student), teacher)
+
+
+def _is_shared(feature: str, context: TermContext) -> bool:
+    """Whether a feature is that of a stage of the student's trunk."""
+    return feature != POOLED and context.student_stage(feature) in context.shared_stages

@@ -76,8 +76,8 @@ class Term(nn.Module):
         return cls.needs_labels
 
     @classmethod
-    def uses_assignment_with(cls, options: Mapping[str, Any]) -> bool:
-        """Whether a term with these options may have `uses_assignment`; callable before the term is built."""
+    def uses_assignment_with(cls, options: Mapping[str, Any], context: TermContext) -> bool:
+        """Whether a term with these options will have `uses_assignment`; callable before the term is built."""
         return cls.uses_assignment
 
     @property

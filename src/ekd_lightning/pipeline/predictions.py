@@ -27,7 +27,7 @@ from ekd_lightning.evaluation.diversity import (
 from ekd_lightning.evaluation.predict import Predictions, StudentPredictions, predict_student
 from ekd_lightning.evaluation.scores import class_accuracy
 from ekd_lightning.evaluation.subsets import costs_by_size, early_exit, score_subsets
-from ekd_lightning.methods import make_assignment, uses_assignment
+from ekd_lightning.methods import TermContext, make_assignment, uses_assignment
 from ekd_lightning.methods.assignment import last_kind
 from ekd_lightning.networks import StagedNetwork
 from ekd_lightning.networks.cutting import UNKNOWN_LOGIT
@@ -61,7 +61,7 @@ def predictions(context: EvaluationContext) -> Findings:
         **scores,
         **_operating_points(context, outputs),
         **_diversity(outputs, test.labels),
-        **_fidelity(context.settings, outputs, _teachers(context), test.labels),
+        **_fidelity(context, outputs, _teachers(context)),
     }
     arrays = {
         "confusion": multiclass_confusion_matrix(outputs.logits, test.labels, num_classes=test.num_classes).numpy(),
@@ -131,9 +131,7 @@ def _diversity(outputs: StudentPredictions, labels: Tensor) -> dict[str, Any]:
     }
 
 
-def _fidelity(
-    settings: Settings, outputs: StudentPredictions, teachers: list[Predictions], labels: Tensor
-) -> dict[str, Any]:
+def _fidelity(context: EvaluationContext, outputs: StudentPredictions, teachers: list[Predictions]) -> dict[str, Any]:
     margins = [f"test_{kind}_{of}_margin" for kind in ("own_teacher", *NOMINAL) for of in ("cka", "agreement")]
     names = ["test_branch_teacher_cka", "test_branch_teacher_agreement", "test_branch_teacher_kl"]
     names += ["test_teacher_agreement", "test_teacher_kl", "test_teacher_ensemble_accuracy", *margins]
@@ -151,20 +149,22 @@ def _fidelity(
         "test_branch_teacher_kl": kl_matrix(outputs.branch_logits, logits).tolist(),
         "test_teacher_agreement": float((outputs.logits.argmax(-1) == together.argmax(-1)).double().mean()),
         "test_teacher_kl": float(kl_matrix(outputs.logits[None], together[None])[0, 0]),
-        "test_teacher_ensemble_accuracy": float((together.argmax(-1) == labels).double().mean()),
+        "test_teacher_ensemble_accuracy": float((together.argmax(-1) == context.dataset.test.labels).double().mean()),
     }
     K, M = cka.shape
-    assignments = {"own_teacher": final_teachers(settings, K, M), **{k: assigned_teachers(k, K, M) for k in NOMINAL}}
+    student = TermContext.of(context.student, image_size=context.dataset.image_size)
+    own_teachers_K = final_teachers(context.settings, student, M)
+    assignments = {"own_teacher": own_teachers_K, **{k: assigned_teachers(k, K, M) for k in NOMINAL}}
     for kind, own in assignments.items():
         fields[f"test_{kind}_cka_margin"] = teacher_margin(cka, own)
         fields[f"test_{kind}_agreement_margin"] = teacher_margin(agreement, own)
     return fields
 
 
-def final_teachers(settings: Settings, num_branches: int, num_teachers: int) -> list[int | None]:
+def final_teachers(settings: Settings, student: TermContext, num_teachers: int) -> list[int | None]:
     """Returns each branch's own teacher at the end of training; None for mean or random, or without branch terms."""
-    kind = settings.method.assignment
-    if not uses_assignment(settings.method.terms) or kind == "random":
+    kind, num_branches = settings.method.assignment, student.num_branches
+    if not uses_assignment(settings.method.terms, student) or kind == "random":
         return [None] * num_branches
     if kind is None:
         kind = "mean" if settings.method.teacher == "mean" else "one_to_one"

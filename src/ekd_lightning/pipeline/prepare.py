@@ -315,8 +315,6 @@ def _build_method(
     settings: Settings, dataset: Dataset, subset: Subset, student: BranchedStudent, plans: list[PlannedTeacher]
 ) -> Method:
     terms, assignment = settings.method.terms, settings.method.assignment
-    if _chosen(settings) == "mean" and uses_assignment(terms):
-        assignment = "mean"
     networks = [build_network(plan.spec) for plan in plans]  # for their shapes; the weights come later
     # Adapters depend on the seed alone: not on the student, nor on how many teachers were candidates.
     with torch.random.fork_rng(devices=[]):
@@ -332,6 +330,8 @@ def _build_method(
             train_index=subset.train_index,
             train_labels=dataset.train.labels[subset.train_index],
         )
+        if _chosen(settings) == "mean" and uses_assignment(terms, context):
+            assignment = "mean"
         temperature = settings.method.temperature
         method = build_method(settings.method.name, terms, context, temperature=temperature, assignment=assignment)
     if student.spec.projection is not None and method.assignment is not None:
