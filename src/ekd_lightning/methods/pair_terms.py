@@ -164,14 +164,9 @@ class FeatureTerm(PairTerm):
         return torch.stack(values).sum(0)
 
     def compare_at(self, place: int, k: int, m: int, student: Tensor, teacher: Tensor) -> Tensor:
-        """Returns the loss at one of the features, a scalar.
+        """Returns the loss of branch k against teacher m at the feature `places[place]`, a scalar.
 
-        Args:
-            place: Position of the feature in `places`.
-            k: The branch.
-            m: The teacher.
-            student: Features of the branch, with gradients, [B, D] or [B, C, H, W].
-            teacher: Features of the teacher, detached, [B, D_m] or [B, C_m, H_m, W_m].
+        Features are vectors [B, D] and [B, D_m] or maps [B, C, H, W] and [B, C_m, H_m, W_m], the teacher's detached.
         """
         raise NotImplementedError
 
