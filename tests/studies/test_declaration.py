@@ -335,6 +335,36 @@ def test_a_part_takes_more_seeds_for_all_rows_or_for_those_named(tmp_path: Path)
     assert study.declaration == "own"
 
 
+@pytest.mark.usefixtures("quick_planning")
+def test_rows_and_seeds_that_are_asked_for_are_run_alone(tmp_path: Path) -> None:
+    """The others of the folder stay in the study; a call without `--study` goes on with them, too."""
+    rows = {"decide": {"seeds": [0, 1], "rows": {"ce": {}, "kd_mean": {}}}}
+    assert planned(tmp_path, **rows)[0] == 0
+    part = ("--output", tmp_path / "o/a", "--print-jobs")
+    assert call(*part, "--methods", "sp", "--seeds", "0")[0] == 0
+    before = read_study(tmp_path / "o/a")
+    failed = tmp_path / "o/a/runs/kd_mean-f0.1-s0"
+    failed.mkdir(parents=True)
+    (failed / "status.json").write_text('{"state": "failed", "error": "x", "time": "2026-01-02"}')
+
+    def jobs(*options: str) -> list[str]:
+        code, out, err = planned(tmp_path, "--retry-failed", *options, **rows)
+        assert code == 0, err
+        assert f"5 runs in the study, {out.count(chr(10))} to be run (0 of them resumed)" in err
+        assert f", {5 - out.count(chr(10))} not asked for" in err
+        return re.findall(r"/runs/([\w.-]+)", out)
+
+    assert jobs("--only", "ce", "--seeds", "1") == ["ce-f0.1-s1"]
+    assert jobs("--only", "ce") == ["ce-f0.1-s0", "ce-f0.1-s1"]
+    assert sorted(jobs("--seeds", "0")) == ["ce-f0.1-s0", "kd_mean-f0.1-s0"]
+    assert len(jobs()) == 4
+    _, _, err = planned(tmp_path, "--only", "ce", **rows)
+    assert "failed earlier" not in err  # no word on rows that it does not ask for
+    code, out, err = call(*part, "--retry-failed")
+    assert (code, len(out.splitlines())) == (0, 5), err
+    assert read_study(tmp_path / "o/a") == before
+
+
 def test_a_student_with_a_teachers_classifier_has_a_cost_before_there_are_teachers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -438,14 +468,18 @@ def test_the_same_command_goes_on_and_judges_by_what_is_there(
     lost = folder / "digits-10/runs/ce-f0.1-s1"
     kept = RunDirectory(lost).read_result()["student_sha256"]
     shutil.rmtree(lost)
+    other = folder / "digits-10/runs/kd_mean_macs-f0.1-s1/status.json"
+    other.write_text('{"state": "failed", "error": "x", "time": "2026-01-02"}')
     asked = ("--study", "quick", "--only", "digits-10,ce", "--output", folder)
     with DirectoryLock(lost):  # another process is working on it
         code, out, err = call(*asked, *words)
-    assert (code, "1 left to other processes" in err) == (1, True)
-    assert "not run: digits-10: 4 of 7 runs (ekd 2, ce 1, kd_mean_stage3 1)" in out
-    code, _, err = call(*asked, *words)
+    assert (code, "1 left to other processes" in err, "1 not asked for" in err) == (1, True, True)
+    assert "not run: digits-10: 5 of 7 runs (ekd 2, ce 1, kd_mean_macs 1, kd_mean_stage3 1)" in out
+    assert "--retry-failed" not in out  # it would change nothing for the row that is asked for
+    code, out, err = call(*asked, *words)
     assert code == 0
-    assert "estimated from 3 finished runs" in err
+    assert "estimated from 2 finished runs" in err
+    assert re.search(r"kd_mean_macs .*failed", out)  # other rows stay in the table
     assert RunDirectory(lost).read_result()["student_sha256"] == kept
 
 

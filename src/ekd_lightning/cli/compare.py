@@ -34,6 +34,7 @@ from ekd_lightning.studies.study import (
     read_runs,
     read_study,
     split_overrides,
+    union,
     write_study,
 )
 from ekd_lightning.studies.sweep import Job, Sweep
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from ekd_lightning.studies.declaration import Declaration, Part
 
     Declared = tuple[Declaration, Declaration]
+    Planned = dict[Path, tuple[Study, Study, list[Job]]]
 
 PROGRAM = "ekd-compare"
 EXAMPLES = """\
@@ -71,10 +73,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, as for ekd-train")
     parser.add_argument("--methods", help="rows: a method, or method@network for a plain student, e.g. ce,ekd")
     parser.add_argument("--fractions", help="shares of the training images (default: that of the settings)")
-    parser.add_argument("--seeds", help="default: 0,1,2")
+    parser.add_argument("--seeds", help="default: 0,1,2; of a declared study, the seeds to run (default: all)")
     parser.add_argument("--output", type=Path, required=True, help="folder of the study")
     parser.add_argument("--study", help="a declared study: a file of conf/study, or the path of a .yaml file")
-    parser.add_argument("--only", help="parts and rows of the declared study (default: all)")
+    parser.add_argument("--only", help="parts and rows of the declared study to run (default: all)")
     parser.add_argument(
         "--match", help="add plain students of the same cost, by macs,parameters (default), one of them, or none"
     )
@@ -95,11 +97,6 @@ def run_compare(args: argparse.Namespace) -> bool:
     Raises:
         UserError: For a user's mistake, before anything runs; or for runs that cannot be compared.
     """
-    with session("plan", keep=False), phase("plan"), importing("PyTorch and Lightning"):
-        from ekd_lightning.cli.train import run_shared_job  # noqa: PLC0415 (slow; --help needs none)
-        from ekd_lightning.studies import planning  # noqa: PLC0415
-        from ekd_lightning.studies.launching import launch, working_in  # noqa: PLC0415
-
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on, instead of printing its own report
     register_schema()
     folder, declared = args.output.absolute(), _declared(args)
@@ -116,22 +113,26 @@ def run_compare(args: argparse.Namespace) -> bool:
     again = " ".join([f"{PROGRAM} --output {typed(folder)}", *map(shell_word, (*search, *filter(names_code, common)))])
     if declared:
         again = " ".join(map(shell_word, (PROGRAM, *sys.argv[1:])))
+    with session("plan", keep=False), phase("plan"), importing("PyTorch and Lightning"):
+        from ekd_lightning.cli.train import run_shared_job  # noqa: PLC0415 (slow; --help needs none)
+        from ekd_lightning.studies import planning  # noqa: PLC0415
+        from ekd_lightning.studies.launching import launch, working_in  # noqa: PLC0415
     since = now()
     with initialize_config_module("ekd_lightning.conf", version_base="1.3", job_name="train"):
         if hydra_words:
             _compose(hydra_words, [])  # refuses an unknown launcher before anything is planned
         planned = _plan(args, declared, common, partial(_compose, search))
         if args.print_jobs:
-            for line in (line for _, jobs in planned.values() for line in planning.commands(jobs)):
+            for line in (line for *_, jobs in planned.values() for line in planning.commands(jobs)):
                 print(line)
             return True
-        for place, (study, jobs) in planned.items():
+        for place, (study, _, jobs) in planned.items():
             if jobs:
                 sweep = Sweep(place / RUNS, tuple(jobs))
                 with working_in(study.working_directory):
                     launch(jobs, sweep, hydra_words, partial(run_shared_job, since=since), again)
     complete = _report(args, declared)
-    studies = {place: study if declared else read_study(place) or study for place, (study, _) in planned.items()}
+    studies = {place: asked if declared else read_study(place) or asked for place, (_, asked, _) in planned.items()}
     print_next(report_command([folder], folder / "report"), *_following(studies, declared, again, complete=complete))
     return complete
 
@@ -173,23 +174,26 @@ def _places(args: argparse.Namespace, declared: Declared | None) -> dict[Path, P
     return {folder: None} if declared is None else {folder / part.name: part for part in declared[1].parts}
 
 
-def _plan(
-    args: argparse.Namespace, declared: Declared | None, common: tuple[str, ...], composer: Composer
-) -> dict[Path, tuple[Study, list[Job]]]:
-    """Writes each study.json and returns the study and its remaining jobs by folder; logs a declared study's cost."""
+def _plan(args: argparse.Namespace, declared: Declared | None, common: tuple[str, ...], composer: Composer) -> Planned:
+    """Writes each study.json and logs a declared study's cost.
+
+    Returns:
+        By folder: its study, the part of it that the command asks for, and the remaining jobs of that part.
+    """
     from ekd_lightning.studies import cost, declaration, planning  # noqa: PLC0415 (slow; --help needs none)
     from ekd_lightning.studies.launching import working_in  # noqa: PLC0415
 
-    planned: dict[Path, tuple[Study, list[Job]]] = {}
+    planned: Planned = {}
     tuned = args.tuned.absolute() if args.tuned and args.tuned.exists() else args.tuned
     for place, part in _places(args, declared).items():
         with DirectoryLock(place, patience=_PATIENCE_SECONDS), session("plan", keep=False), phase("plan"):
             old = read_earlier(place, planned=part is not None or args.methods is not None)
             with working_in(old.working_directory if old else ""):
                 if declared and part:
-                    study = declaration.study_of(declared[1], part, common, old, composer, tuned)
+                    asked = declaration.study_of(declared[1], part, common, old, composer, tuned)
+                    study = union(old, asked) if old else asked
                 else:
-                    study = planning.build_study(
+                    study = asked = planning.build_study(
                         old,
                         common,
                         composer,
@@ -200,11 +204,11 @@ def _plan(
                         controls=not args.no_controls,
                         tuned=tuned,
                     )
-                jobs = planning.plan(study, place, composer, retry_failed=args.retry_failed)
+                jobs = planning.plan(study, place, composer, retry_failed=args.retry_failed, asked=asked)
             write_study(study, place)
-        planned[place] = study, jobs
+        planned[place] = study, asked, jobs
     if declared:
-        cost.log_cost(planned, composer)
+        cost.log_cost({place: (study, jobs) for place, (study, _, jobs) in planned.items()}, composer)
     return planned
 
 

@@ -18,7 +18,7 @@ from ekd_lightning.roles import is_of, name_of_type
 from ekd_lightning.runs.words import check_words, require_named_code
 from ekd_lightning.settings import check_name
 from ekd_lightning.studies.rows import make_row, match_overrides, match_student, matched_row, with_tuned
-from ekd_lightning.studies.study import MATCHES, Composer, Study, check_row_words, parse_numbers, union
+from ekd_lightning.studies.study import MATCHES, Composer, Study, check_row_words, parse_numbers
 
 _FORM: dict[str, Any] = {
     "overrides": list[str],
@@ -179,10 +179,10 @@ def study_of(
     composer: Composer,
     tuned: Path | None = None,
 ) -> Study:
-    """The study of one part, joined with `old`, the study in its folder, whose plain students of equal cost are kept.
+    """The study of one part, to be joined with `old`, the one in its folder, whose plain students of equal cost stay.
 
     Raises:
-        UserError: For unknown names, settings that do not fit, or a contradiction to the folder's study.
+        UserError: For unknown names, settings that do not fit, or another version of the declaration in the folder.
     """
     from ekd_lightning.pipeline.prepare import prepare_data  # noqa: PLC0415 (slow; --help needs none)
 
@@ -218,8 +218,7 @@ def study_of(
     data, fractions = settings.data.name, (part.fraction,)
     if tuned is not None:
         rows = with_tuned(rows, tuned, composer, data, fractions)
-    study = Study(tuple(rows), fractions, tuple(seeds), common, data, str(Path.cwd()), declared.name)
-    return study if old is None else union(old, study)
+    return Study(tuple(rows), fractions, tuple(seeds), common, data, str(Path.cwd()), declared.name)
 
 
 def require_declared(old: Study, declared: Declaration, part: Part) -> None:

@@ -102,8 +102,8 @@ def build_study(
     return study if old is None else union(old, study)
 
 
-def plan(study: Study, folder: Path, compose: Composer, *, retry_failed: bool) -> list[Job]:
-    """The jobs to launch; logs how many.
+def plan(study: Study, folder: Path, compose: Composer, *, retry_failed: bool, asked: Study | None = None) -> list[Job]:
+    """The jobs to launch; logs how many. They are those of `asked`, a part of the study, or without it of all runs.
 
     Finished runs are skipped, and so are runs of other processes. Stopped runs continue from their last checkpoint, or
     start again without one. Failed runs are skipped, or with `retry_failed` treated like stopped ones.
@@ -113,18 +113,21 @@ def plan(study: Study, folder: Path, compose: Composer, *, retry_failed: bool) -
     """
     found = read_runs(study, folder)
     every = every_run(found)
-    running = sum(run.state is RunState.RUNNING for run in every)
-    skipped = [] if retry_failed else [run for run in every if run.state is RunState.FAILED]
+    wanted = {run.directory for run in (every if asked is None else every_run(read_runs(asked, folder)))}
+    others = [run for run in every if run.directory not in wanted and not run.is_over]
+    running = sum(run.state is RunState.RUNNING and run.directory in wanted for run in every)
+    failed = [run for run in every if run.state is RunState.FAILED and run.directory in wanted and not retry_failed]
     checked = _Runs(study, compose)
     # Rows are counted, as the further seeds of a checked row take no time.
     for fraction, row in track(list(product(study.fractions, study.rows)), "checking", "rows"):
-        checked.add(row, fraction, found[fraction][row.name], skipped)
+        checked.add(row, fraction, found[fraction][row.name], [*others, *failed])
     checked.check_together()
     jobs = checked.jobs()
-    others = f", {running} left to other processes, which are running them" if running else ""
+    rest = f", {running} left to other processes, which are running them" if running else ""
+    rest += f", {len(others)} not asked for" if others else ""
     again = sum(job.resumed for job in jobs)
-    log.info("%d runs in the study, %d to be run (%d of them resumed)%s", len(every), len(jobs), again, others)
-    for one in skipped:
+    log.info("%d runs in the study, %d to be run (%d of them resumed)%s", len(every), len(jobs), again, rest)
+    for one in failed:
         log.warning("%s failed earlier and is skipped: %s (--retry-failed runs it again)", one.name, one.error)
     _warn_of_other_machines([run for run in every if run.is_over])
     known = {run.directory for run in every}
