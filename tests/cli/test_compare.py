@@ -122,6 +122,7 @@ def test_more_seeds_are_asked_for_with_the_code_that_the_study_needs(study, monk
     assert printed == ["ekd-compare", "--output", "c", search, "imports=[json]", "--seeds", "2,3"]
     code, out, err = call(*printed[1:], "--print-jobs")
     assert (code, len(out.splitlines())) == (0, 6), err
+    assert {tuple(shlex.split(line)[:2]) for line in out.splitlines()} == {("ekd-train", search)}
 
 
 def test_a_stopped_run_goes_on_in_place_and_a_lost_one_starts_anew(study, finished):

@@ -86,7 +86,7 @@ def test_every_number_says_what_it_may_be(key):
         ("recipe: {epochs: abc}", "recipe/mine.yaml: recipe.epochs=abc: must be int, at least 1"),
         ("recipe: {milestones: [x]}", "recipe/mine.yaml: recipe.milestones[0]=x: must be float"),
         ("recipe: {milestones: {a: 1}}", "recipe/mine.yaml: a mapping stands where a list belongs"),
-        ("recipe: 3", "recipe/mine.yaml: 3 stands where a mapping belongs"),
+        ("evaluation: none", "recipe/mine.yaml: none stands where a mapping belongs; the defaults list names options"),
         ("recipe: {epoch: 3}", "recipe/mine.yaml: unknown key 'recipe.epoch'; did you mean 'recipe.epochs'?"),
         ("recipe: {a", "recipe/mine.yaml: not YAML: expected ',' or '}', but got '<stream end>' (line 2, column 11)"),
     ],

@@ -123,7 +123,7 @@ def run_compare(args: argparse.Namespace) -> bool:
             _compose(hydra_words, [])  # refuses an unknown launcher before anything is planned
         planned = _plan(args, declared, common, partial(_compose, search))
         if args.print_jobs:
-            for line in (line for *_, jobs in planned.values() for line in planning.commands(jobs)):
+            for line in (line for *_, jobs in planned.values() for line in planning.commands(jobs, search)):
                 print(line)
             return True
         for place, (study, _, jobs) in planned.items():

@@ -20,6 +20,7 @@ from ekd_lightning.roles import what_is_allowed
 from ekd_lightning.settings import Settings
 
 _MERGING = "Error merging override "
+_DEFAULTS = "the defaults list names options of groups, e.g. `defaults: [override /method: ekd]`"
 _READS = re.compile(r"hydra[/\\](core[/\\]default_element|_internal[/\\]config_repository)\.py$")
 """Files of Hydra that read defaults lists."""
 
@@ -84,7 +85,8 @@ def _wrong_value(error: BaseException, override: str) -> str | None:
         if told is None:
             return None
         found = {"DictConfig": "a mapping", "ListConfig": "a list"}.get(told["found"], told["value"])
-        return f"{found} stands where {'a list' if found == 'a mapping' else 'a mapping'} belongs"
+        advice = f"; {_DEFAULTS}" if told["value"] else ""  # it may be an option of a group: `method: ekd`
+        return f"{found} stands where {'a list' if found == 'a mapping' else 'a mapping'} belongs{advice}"
     allowed = _allowed(error.object_type, error.key, error.ref_type)
     if allowed is None:
         return None
@@ -118,7 +120,7 @@ def _not_an_option(error: BaseException, words: Sequence[str]) -> str | None:
     """The line for a group set to a number, a list, a truth value or null, for which Hydra raises a plain error."""
     told = str(error)
     if (where := _wrong_defaults(error)) is not None:
-        return f"{where}the defaults list names options of groups, e.g. `defaults: [override /method: ekd]`"
+        return f"{where}{_DEFAULTS}"
     number = isinstance(error, ValueError) and told.startswith("Config group override must be")
     listed = isinstance(error, TypeError) and told.startswith("argument of type") and told.endswith("not iterable")
     if not (number or listed):

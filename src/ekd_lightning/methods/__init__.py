@@ -13,11 +13,12 @@ from ekd_lightning.methods.assignment import make_assignment
 from ekd_lightning.methods.build import build_method, needs_teachers, terms_with_labels, uses_assignment
 from ekd_lightning.methods.context import DEFAULT_TEMPERATURE, StepContext, TermContext
 from ekd_lightning.methods.method import Method, MethodLoss
-from ekd_lightning.methods.pair_terms import PairTerm
+from ekd_lightning.methods.pair_terms import FeatureTerm, PairTerm
 from ekd_lightning.methods.terms import SoftTerm, Term, build_term, register_term
 
 __all__ = [
     "DEFAULT_TEMPERATURE",
+    "FeatureTerm",
     "Method",
     "MethodLoss",
     "PairTerm",

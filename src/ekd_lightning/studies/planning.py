@@ -238,12 +238,15 @@ def _resumed_words(directory: Path, free: Sequence[str]) -> list[str]:
     return [*(word for word in recorded if key_of(word) not in given), *free]
 
 
-def commands(jobs: Sequence[Job]) -> list[str]:
-    """The jobs as shell commands, for schedulers that have no Hydra launcher."""
+def commands(jobs: Sequence[Job], search: Sequence[str]) -> list[str]:
+    """The jobs as shell commands, for schedulers that have no Hydra launcher.
+
+    The words `search` say where the user's configuration files are.
+    """
     lines = []
     for job in jobs:
         free = [word for word in job.overrides if may_be_given(word)]
         again = [override("resume", str(job.directory)), *free]
         anew = [*job.overrides, override("hydra.run.dir", str(job.directory))]
-        lines.append(shlex.join(["ekd-train", *(again if job.resumed else anew)]))
+        lines.append(shlex.join(["ekd-train", *search, *(again if job.resumed else anew)]))
     return lines
