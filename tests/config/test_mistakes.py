@@ -85,8 +85,10 @@ def test_every_number_says_what_it_may_be(key):
     [
         ("recipe: {epochs: abc}", "recipe/mine.yaml: recipe.epochs=abc: must be int, at least 1"),
         ("recipe: {milestones: [x]}", "recipe/mine.yaml: recipe.milestones[0]=x: must be float"),
-        ("recipe: {milestones: {a: 1}}", "recipe/mine.yaml: a mapping stands where a list belongs"),
-        ("evaluation: none", "recipe/mine.yaml: none stands where a mapping belongs; the defaults list names options"),
+        ("recipe: {milestones: {a: 1}}", "recipe/mine.yaml: recipe.milestones={a: 1}: must be a list"),
+        ("method: {terms: [ce_branch]}", "recipe/mine.yaml: method.terms=[ce_branch]: must be a mapping"),
+        ("recipe: 3", "recipe/mine.yaml: recipe=3: must be a mapping; the defaults list names options of groups, "),
+        ("evaluation: none", "recipe/mine.yaml: evaluation=none: must be a mapping; the defaults list names options "),
         ("recipe: {epoch: 3}", "recipe/mine.yaml: unknown key 'recipe.epoch'; did you mean 'recipe.epochs'?"),
         ("recipe: {a", "recipe/mine.yaml: not YAML: expected ',' or '}', but got '<stream end>' (line 2, column 11)"),
     ],

@@ -80,19 +80,24 @@ def _wrong_value(error: BaseException, override: str) -> str | None:
     if override.startswith("~"):
         return f"{override}: a setting cannot be removed, only set"
     key, (given, _, typed) = str(error.full_key), override.partition("=")
-    if not key:  # in a file, whose error does not say where
-        told = re.search(r"is not a subclass of \w+\. value: (?P<value>.*)|merge (?P<found>\w+) with", str(error))
-        if told is None:
-            return None
-        found = {"DictConfig": "a mapping", "ListConfig": "a list"}.get(told["found"], told["value"])
-        advice = f"; {_DEFAULTS}" if told["value"] else ""  # it may be an option of a group: `method: ekd`
-        return f"{found} stands where {'a list' if found == 'a mapping' else 'a mapping'} belongs{advice}"
+    if not key:  # in a file
+        return _wrong_container(error)
     allowed = _allowed(error.object_type, error.key, error.ref_type)
     if allowed is None:
         return None
     typed = (typed if given.lstrip("+") == key else _as_typed(error.value)) or "''"
     source = re.search(r"interpolation '(.*?)'", str(error))
     return f"{key}={typed}{f' (from {source[1]})' if source else ''}: must be {allowed}"
+
+
+def _wrong_container(error: BaseException) -> str | None:
+    """The line for a value in a file that is no mapping, or no list; only where it was merged says which and where."""
+    merging = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
+    wanted, found = merging.get("self"), merging.get("other", merging.get("src"))
+    if not isinstance(wanted, (DictConfig, ListConfig)) or not (key := wanted._get_full_key(None)):
+        return None
+    advice = f"; {_DEFAULTS}" if "." not in key else ""  # it may be an option of a group: `method: ekd`
+    return f"{key}={_as_typed(found)}: must be a {'list' if isinstance(wanted, ListConfig) else 'mapping'}{advice}"
 
 
 def _allowed(owner: Any, name: Any, hint: Any) -> str | None:
