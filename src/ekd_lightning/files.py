@@ -151,19 +151,34 @@ def write_yaml(path: Path, text: str) -> None:
     write_bytes(path, seal(f"{head}{text}".encode()))
 
 
+class _LoaderOfKeys(_Loader):
+    """Refuses a key that a mapping has twice, where YAML would silently take the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set[tuple[str, str]]()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
+                raise yaml.MarkedYAMLError(problem=f"duplicate key {key.value!r}", problem_mark=key.start_mark)
+            seen.add((key.tag, str(key.value)))
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> Any:
     """Reads plain values from YAML, and checks its checksum if it has one; YAML tags never make objects.
 
     Raises:
-        DamagedFileError: If it is not YAML, not what was written, or cannot be read.
+        DamagedFileError: If it is not YAML, has a key twice, is not what was written, or cannot be read.
         FileNotFoundError: If there is no such file.
     """
     text = read_bytes(path)
     require_intact(path, text)
     try:
-        return yaml.load(text, _Loader)
+        return yaml.load(text, _LoaderOfKeys)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise DamagedFileError(f"{path}: damaged, not YAML ({str(error).splitlines()[0]})") from None
+        what = str(error).splitlines()[0]
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+            what = f"{error.problem}, line {error.problem_mark.line + 1}"
+        raise DamagedFileError(f"{path}: damaged, not YAML ({what})") from None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -120,12 +120,14 @@ def test_parts_and_rows_are_chosen_by_name() -> None:
             {"parts": {"../out": {"data": "digits", "fraction": 0.1}}},
             r"parts: \.\./out=\.\./out: folders are named after it",
         ),
-        (
-            {"parts": {"a": {"data": "digits", "fraction": 2.0}}},
-            r"parts: a: fraction: give different shares in \(0, 1\]",
-        ),
-        ({"decide": {"seeds": [], "rows": {"ce": {}}}}, "decide: seeds: give different whole numbers"),
-        ({"decide": {"seeds": [0, 0], "rows": {"ce": {}}}}, "decide: seeds: give different whole numbers"),
+        ({"parts": {"a": {"data": "digits", "fraction": 2.0}}}, r"parts: a: fraction=2.0: must be in \(0, 1\]"),
+        ({"decide": {"seeds": [], "rows": {"ce": {}}}}, r"decide: seeds=\[\]: give different whole numbers"),
+        ({"decide": {"seeds": [0, 0], "rows": {"ce": {}}}}, r"decide: seeds=\[0, 0\]: give different whole numbers"),
+        ({"decide": {"seeds": [0], "rows": {}}}, "decide: rows: is empty; declare at least one row"),
+        ({"decide": {"seeds": [0], "rows": {"ce": None}}}, "decide: rows: ce=None: must be METHOD: {} or NAME: {"),
+        ({"decide": {"seeds": [0], "rows": {8: {}}}}, "decide: rows: 8={}: must be METHOD: {} or NAME: {"),
+        ({"least": {"epochs": 0}}, "least: epochs=0: must be at least 1"),
+        ({"least": {"steps": -4}}, "least: steps=-4: must be at least 0"),
         ({"decide": {"seeds": [0], "rows": {"a/b": {"method": "ce"}}}}, "row 'a/b': folders are named after it"),
         ({"decide": {"seeds": [0], "rows": {"ce": {"with": ["seed=5"]}}}}, "seed=5: the row ce may set only"),
         (
@@ -144,6 +146,18 @@ def test_a_declaration_of_another_form_is_refused_by_name(tmp_path: Path, change
     path = tmp_path / "own.yaml"
     path.write_text(yaml.safe_dump({**whole, **change}))
     with pytest.raises(UserError, match=words):
+        read_declaration(str(path))
+
+
+def test_a_row_that_is_written_twice_is_refused_with_its_line(tmp_path: Path) -> None:
+    """YAML would take the last one silently."""
+    path = tmp_path / "own.yaml"
+    path.write_text(
+        "parts: {1: {data: digits, fraction: 0.1}}\ndecide:\n  seeds: [0]\n  rows:\n    ce: {}\n    kd: {}\n"
+    )
+    assert [part.name for part in read_declaration(str(path)).parts] == ["1"]
+    path.write_text(f"{path.read_text()}    ce: {{with: [recipe.lr=0.1]}}\n")
+    with pytest.raises(UserError, match=r"own\.yaml: damaged, not YAML \(duplicate key 'ce', line 7\)"):
         read_declaration(str(path))
 
 
@@ -324,10 +338,16 @@ def test_a_part_takes_more_seeds_for_all_rows_or_for_those_named(tmp_path: Path)
     rows = {"mine": {"method": "ce", "with": ["recipe.lr=0.01"]}, "kd_mean": {}}
     assert planned(tmp_path, decide={"seeds": [0], "rows": rows})[0] == 0
     part = ("--output", tmp_path / "o/a", "--print-jobs")
-    code, out, err = call(*part, "--seeds", "2")
-    assert (code, len(out.splitlines())) == (0, 4), err
-    code, out, err = call(*part, "--seeds", "3", "--methods", "mine,sp")
-    assert (code, len(out.splitlines())) == (0, 6), err
+
+    def jobs(*options: str) -> set[str]:
+        code, out, err = call(*part, *options)
+        assert code == 0, err
+        return set(re.findall(r"/runs/([\w.-]+)", out))
+
+    assert jobs("--seeds", "2") == {"mine-f0.1-s2", "kd_mean-f0.1-s2"}
+    assert jobs("--seeds", "3", "--methods", "mine,sp") == {"mine-f0.1-s3", "sp-f0.1-s3"}
+    assert jobs("--methods", "mine") == {f"mine-f0.1-s{seed}" for seed in (0, 2, 3)}
+    assert len(jobs()) == 6  # all that the part lacks
     study = read_study(tmp_path / "o/a")
     assert study is not None
     found = {row.name: (row.seeds, row.decides) for row in study.rows}

@@ -92,7 +92,7 @@ def run_compare(args: argparse.Namespace) -> bool:
     """Runs what is missing, then reports.
 
     Returns:
-        Whether all runs are done.
+        Whether all runs that are asked for are done.
 
     Raises:
         UserError: For a user's mistake, before anything runs; or for runs that cannot be compared.
@@ -132,9 +132,10 @@ def run_compare(args: argparse.Namespace) -> bool:
                 with working_in(study.working_directory):
                     launch(jobs, sweep, hydra_words, partial(run_shared_job, since=since), again)
     complete = _report(args, declared)
-    studies = {place: asked if declared else read_study(place) or asked for place, (_, asked, _) in planned.items()}
+    studies = {place: asked if declared else read_study(place) or study for place, (study, asked, _) in planned.items()}
     print_next(report_command([folder], folder / "report"), *_following(studies, declared, again, complete=complete))
-    return complete
+    asked_for = [run for place, (_, asked, _) in planned.items() for run in every_run(read_runs(asked, place))]
+    return all(run.state is RunState.DONE for run in asked_for)
 
 
 def _following(
@@ -191,9 +192,8 @@ def _plan(args: argparse.Namespace, declared: Declared | None, common: tuple[str
             with working_in(old.working_directory if old else ""):
                 if declared and part:
                     asked = declaration.study_of(declared[1], part, common, old, composer, tuned)
-                    study = union(old, asked) if old else asked
                 else:
-                    study = asked = planning.build_study(
+                    asked = planning.build_study(
                         old,
                         common,
                         composer,
@@ -204,6 +204,9 @@ def _plan(args: argparse.Namespace, declared: Declared | None, common: tuple[str
                         controls=not args.no_controls,
                         tuned=tuned,
                     )
+                study = union(old, asked) if old else asked
+                if not (study.declaration and asked.rows):  # an undeclared study, or nothing is named
+                    asked = study
                 jobs = planning.plan(study, place, composer, retry_failed=args.retry_failed, asked=asked)
             write_study(study, place)
         planned[place] = study, asked, jobs

@@ -14,7 +14,7 @@ from ekd_lightning.config.config import import_user_modules, to_settings
 from ekd_lightning.config.overrides import is_under, key_of
 from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.files import read_yaml
-from ekd_lightning.roles import is_of, name_of_type
+from ekd_lightning.roles import COUNT, COUNT_OR_NONE, SHARE, check_value, is_of, name_of_type
 from ekd_lightning.runs.words import check_words, require_named_code
 from ekd_lightning.settings import check_name
 from ekd_lightning.studies.rows import make_row, match_overrides, match_student, matched_row, with_tuned
@@ -115,7 +115,9 @@ def read_declaration(name: str) -> Declaration:
     _check_keys(path, content, _FORM, required=("parts", "decide"))
     least = {"steps": 0, "epochs": 1, **content.get("least", {})}
     _check_keys(f"{path}: least", least, {"steps": int, "epochs": int})
-    parts = [_read_part(f"{path}: parts: {part}", part, own) for part, own in content["parts"].items()]
+    check_value(f"{path}: least: steps", least["steps"], COUNT_OR_NONE)
+    check_value(f"{path}: least: epochs", least["epochs"], COUNT)
+    parts = [_read_part(f"{path}: parts: {part}", str(part), own) for part, own in content["parts"].items()]
     if not parts:
         raise UserError(f"{path}: parts: is empty; declare at least one part, NAME: {{data: ..., fraction: ...}}")
     common = check_common(content.get("overrides", ()), f"{path}: overrides")
@@ -140,16 +142,20 @@ def check_common(words: Sequence[str], where: object) -> tuple[str, ...]:
 def _read_part(where: str, name: str, own: Mapping[str, Any]) -> Part:
     check_name(where, name)
     _check_keys(where, own, {"data": str, "fraction": float}, required=("data", "fraction"))
-    (fraction,) = parse_numbers("--fractions", [own["fraction"]], f"{where}: fraction")
-    return Part(name, own["data"], fraction)
+    check_value(f"{where}: fraction", own["fraction"], SHARE)
+    return Part(name, own["data"], float(own["fraction"]))
 
 
 def _read_rows(where: str, content: Mapping[str, Any] | None, kind: str) -> Iterable[DeclaredRow]:
     if content is None:
         return
-    _check_keys(where, content, {"seeds": list[int], "rows": dict[str, dict[str, Any]]}, required=("seeds", "rows"))
-    seeds = parse_numbers("--seeds", content["seeds"], f"{where}: seeds")
+    _check_keys(where, content, {"seeds": list[int], "rows": dict[str, Any]}, required=("seeds", "rows"))
+    seeds = parse_numbers("--seeds", content["seeds"], f"{where}: seeds={content['seeds']}")
+    if not content["rows"]:
+        raise UserError(f"{where}: rows: is empty; declare at least one row, METHOD: {{}}")
     for name, own in content["rows"].items():
+        if not isinstance(name, str) or not isinstance(own, dict):
+            raise UserError(f"{where}: rows: {name}={own!r:.60}: must be METHOD: {{}} or NAME: {{method: METHOD, ...}}")
         _check_keys(f"{where}: {name}", own, {"method": str, "with": list[str], "match": str})
         if own.get("match", MATCHES[0]) not in MATCHES:
             raise UserError(f"{where}: {name}: match={own['match']}: must be {' or '.join(MATCHES)}")

@@ -34,7 +34,7 @@ from ekd_lightning.settings import Settings, is_free
 from ekd_lightning.studies.checking import check_job, read_teachers
 from ekd_lightning.studies.cost import remaining_cost, training_cost
 from ekd_lightning.studies.rows import plan_rows, with_tuned
-from ekd_lightning.studies.study import MATCHES, RUNS, Composer, RowPlan, Study, continued, every_run, read_runs, union
+from ekd_lightning.studies.study import MATCHES, RUNS, Composer, RowPlan, Study, continued, every_run, read_runs
 from ekd_lightning.studies.sweep import Job
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def build_study(
     controls: bool = True,
     tuned: Path | None = None,
 ) -> Study:
-    """Builds the study that the command asks for, joined with the study that its folder already holds.
+    """Builds the study that the command asks for, to be joined with the study that its folder already holds.
 
     Args:
         old: The folder's study; None if the folder is new.
@@ -69,7 +69,7 @@ def build_study(
         tuned: Folder of settings from ekd-tune.
 
     Raises:
-        UserError: For unknown names, or a contradiction to the folder's study.
+        UserError: For unknown names.
     """
     if methods is None and old is None:
         raise UserError("--methods: must be given, e.g. --methods ce,kd_mean,ekd")
@@ -98,8 +98,7 @@ def build_study(
         rows = [replace(row, seeds=seeds, decides=False) for row in rows]
     rows = [replace(row, seeds=more) if row.name in own else row for row in (*kept, *rows)]
     data = old.data if old else cfg.data.name
-    study = Study(tuple(rows), fractions, seeds, common, data, str(Path.cwd()))
-    return study if old is None else union(old, study)
+    return Study(tuple(rows), fractions, seeds, common, data, str(Path.cwd()))
 
 
 def plan(study: Study, folder: Path, compose: Composer, *, retry_failed: bool, asked: Study | None = None) -> list[Job]:
