@@ -81,7 +81,10 @@ def test_one_call_does_what_the_command_does(here, train, recwarn, caplog):
 
 def test_mistakes_are_those_of_the_command(here):
     for arguments, said in (
-        ({"student": "resnet9"}, "unknown network 'resnet9'; did you mean"),
+        (
+            {"student": "resnet9"},
+            r"unknown network 'resnet9'; did you mean .*module is imported \(imports=\[MODULE\]\)",
+        ),
         ({"branches": 0}, "student.branches"),
         ({"teachers": ["cifar10_resnet99"]}, "unknown teacher 'cifar10_resnet99'"),
         ({"data": Path("nowhere")}, "data=nowhere: no such folder"),

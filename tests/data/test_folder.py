@@ -260,7 +260,7 @@ def without_test(root: Path) -> None:
             {"skip_broken": True},
             r"none of its images for test",
         ),
-        ({"a": 5, "b": 2}, None, {}, r"leaves class 'b' \(2 images\) without an image for testing"),
+        ({"a": 5, "b": 2}, None, {}, r"sets no image of the class 'b' aside for testing, as it has only 2: add"),
         ({"a": 5, "b": 5}, None, {"test_fraction": 1.0}, r"data\.test_fraction=1\.0 must lie in \(0, 1\)"),
         ({"a": 5, "b": 5}, None, {"image_size": 0}, r"data\.image_size=0: must be"),
         ({"a": 5, "b": 5}, None, {"image_size": [1, 2, 3]}, r"data\.image_size=\[1, 2, 3\]: must be"),

@@ -192,11 +192,19 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path: Path) -> None:
     torch.save({"lr": 0.1}, tmp_path / "numbers.pth")
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
     torch.save({}, tmp_path / "empty.pth")
-    for name, content in {"half": whole[: len(whole) // 2], "none": b"", "text": b"hello world"}.items():
+    damaged = {
+        "half": whole[: len(whole) // 2],
+        "none": b"",
+        "text": b"hello world",
+        "png": b"\x89PNG",
+        "jpg": b"\xff\xd8",
+    }
+    for name, content in damaged.items():
         (tmp_path / f"{name}.pth").write_bytes(content)
-    for name in ("numbers", "list", "empty", "half", "none", "text", "missing"):
+    for name in ("numbers", "list", "empty", *damaged, "missing"):
         with pytest.raises(UserError, match=rf"{name}\.pth") as caught:
             read_foreign_checkpoint(tmp_path / f"{name}.pth")
         assert "\n" not in str(caught.value)
+        assert "would run code" not in str(caught.value)
     with pytest.raises(UserError, match="no such file"):
         read_foreign_checkpoint(tmp_path)

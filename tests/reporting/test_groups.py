@@ -385,6 +385,11 @@ def test_titles_of_blocks_say_as_little_as_tells_them_apart():
         f"{first} (5,000), subset seed 1, epochs 4",
         f"{first}, subset seed unknown, epochs 9",
     ]
+    more = [*study(), *study(num_train_images=4000)]
+    assert {block.title for block in blocks(group(collection(*more)))} == {
+        f"{first} (5,000), train images 4500",
+        f"{first} (4,500), train images 4000",
+    }
 
 
 def test_a_row_may_have_runs_from_before_a_setting_was_recorded():

@@ -109,8 +109,17 @@ def test_a_debugging_run_is_called_one():
 
 def test_teachers_that_saw_everything_are_told_of():
     record = export()
-    record["method"]["teachers"] = [{"id": "big", "sha256": "12" * 32, "trained_on": "published"}]
+    big = {"id": "big", "sha256": "12" * 32, "source": "zoo", "trained_on": "published"}
+    record["method"]["teachers"] = [big]
     card = model_card(record, {})
     assert "learned from 1 frozen teacher with" in card
     assert "| `big` |  | not known | published | `1212121212121212…` |" in card
     assert "Teachers had seen all training images" in card
+    assert "is not recorded" not in card
+    own = [{**big, "id": "own", "source": "timm", "trained_on": "elsewhere"}, {"id": "small", "trained_on": "subset"}]
+    record["method"]["teachers"] = [big, *own]
+    card = model_card(record, {})
+    assert "- `big` had seen all training images" in card
+    assert "- Which images `own` had seen is not recorded; test images may be among them." in card
+    record["method"]["teachers"] = own[1:]
+    assert "had seen" not in model_card(record, {})

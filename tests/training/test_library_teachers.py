@@ -131,6 +131,10 @@ def test_fine_tuned_teachers_are_kept_by_what_they_come_from(plan, data, weights
         ({"image_size": 0}, "image_size"),
         ({"recipe": {"epochs": 0}, "finetune": "head"}, "epochs"),
         ({"recipe": {"epoch": 1}, "finetune": "head"}, "epoch"),
+        (
+            {"recipe": {"batch_size": 2000}, "finetune": "head"},
+            r"^teachers\.recipe\.batch_size=2000 is larger than the ",
+        ),
     ],
 )
 def test_an_impossible_entry_is_refused_before_anything_is_loaded(plan, entry, said):
@@ -138,13 +142,16 @@ def test_an_impossible_entry_is_refused_before_anything_is_loaded(plan, entry, s
         plan(**entry)
 
 
-def test_a_teacher_of_other_classes_teaches_its_features(plan, weights, tmp_path, data):
+def test_a_teacher_of_other_classes_teaches_its_features(plan, tmp_path, data, caplog):
     torch.manual_seed(1)
     module = timm.create_model(NAME, num_classes=7).eval()
     safetensors.torch.save_file(module.state_dict(), tmp_path / "seven.safetensors")
     own = build_network(NetworkSpec("resnet8", 100, normalization("centered"))).eval()
     save_network(tmp_path / "own.safetensors", own)
-    (library,) = plan(weights=str(tmp_path / "seven.safetensors"), image_size=64)
+    with caplog.at_level("INFO"):
+        (library,) = plan(weights=str(tmp_path / "seven.safetensors"), image_size=64)
+    assert "predicts 7 classes, the data has 10: it can teach features only" in caplog.text
+    assert gather_teachers([library]).identities[0].detail["trained_on"] == "elsewhere"
     file = plan_teachers(TeacherSettings(pool=[{"file": str(tmp_path / "own.safetensors")}]), data, "cpu")[0]
     assert library.unknown == file.unknown == frozenset(range(10))
     teachers = gather_teachers([library, file])

@@ -63,6 +63,14 @@ def test_what_lightning_refuses_is_one_line(tmp_path, flags, named):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["gpu", "cuda", "mps"])
+def test_a_gpu_that_is_not_there_is_refused_by_name(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(pl.accelerators.CUDAAccelerator, "is_available", lambda: False)
+    monkeypatch.setattr(pl.accelerators.MPSAccelerator, "is_available", lambda: False)
+    with pytest.raises(UserError, match=rf"^trainer\.accelerator={name}: PyTorch finds no such GPU here; trainer=cpu"):
+        build(tmp_path, accelerator=name)
+
+
 @pytest.mark.parametrize("flag", [None, True, False])
 def test_lightnings_progress_bar_is_there_only_where_it_is_asked_for(tmp_path, flag):
     assert (build(tmp_path, enable_progress_bar=flag).progress_bar_callback is not None) is (flag is True)

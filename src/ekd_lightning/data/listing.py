@@ -99,8 +99,8 @@ def with_test_images(listing: Listing, share: float, seed: int) -> Listing:
         first = own[: int(Fraction(str(float(share))) * len(own))]
         if not first:
             raise UserError(
-                f"data.test_fraction={share} leaves class {listing.class_names[label]!r} ({len(own)} images) without "
-                "an image for testing: raise it, add images of the class, or add a split `test`"
+                f"data.test_fraction={share} sets no image of the class {listing.class_names[label]!r} aside for "
+                f"testing, as it has only {len(own)}: add images of the class, raise the fraction, or add test/"
             )
         chosen.update(first)
     train = [row for row in rows if row.name not in chosen]

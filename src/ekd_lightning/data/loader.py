@@ -84,20 +84,18 @@ class IndexBatch(NamedTuple):
     num_labelled: int | None = None
 
 
-def check_batch_size(batch_size: int, num_images: int, world_size: int = 1) -> None:
-    """Refuses a global batch size that is below 1, exceeds the training images, or is no multiple of the processes."""
+def check_batch_size(batch_size: int, num_images: int, world_size: int = 1, *, recipe_key: str = "recipe") -> None:
+    """Refuses a global batch size that is below 1, exceeds the training images, or is no multiple of the processes.
+
+    `recipe_key` is the dotted key of the recipe in the configuration, for messages.
+    """
+    given = f"{recipe_key}.batch_size={batch_size}"
     if batch_size < 1:
-        raise UserError(f"recipe.batch_size={batch_size} must be at least 1")
+        raise UserError(f"{given} must be at least 1")
     if batch_size > num_images:
-        raise UserError(
-            f"recipe.batch_size={batch_size} is larger than the {num_images} training images: lower it or "
-            "choose a larger subset"
-        )
+        raise UserError(f"{given} is larger than the {num_images} training images: lower it or choose a larger subset")
     if batch_size % world_size:
-        raise UserError(
-            f"recipe.batch_size={batch_size} cannot be shared evenly by {world_size} processes: choose a "
-            f"multiple of {world_size}"
-        )
+        raise UserError(f"{given} cannot be shared evenly by {world_size} processes: choose a multiple of {world_size}")
 
 
 def rows_of_batch(

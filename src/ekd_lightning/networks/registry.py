@@ -73,7 +73,9 @@ def _builder(name: str) -> Builder:
         load_plugins()
         found = _known(name)
     if found is None:
-        raise unknown_name("network", name, [*NETWORKS, *FAMILIES, *(f"{prefix}:NAME" for prefix in LIBRARIES)])
+        names = [*NETWORKS, *FAMILIES, *(f"{prefix}:NAME" for prefix in LIBRARIES)]
+        advice = "a network of your own is known once its module is imported (imports=[MODULE])"
+        raise UserError(f"{unknown_name('network', name, names)}; {advice}")
     return found
 
 

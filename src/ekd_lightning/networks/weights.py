@@ -152,9 +152,9 @@ def _load_untrusted(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         # PyTorch's message names the callable that the file would run; for a damaged file it names none.
         found = re.search(r"(?:GLOBAL|class|global) ([A-Za-z_][\w]*\.?[\w.]*)", str(error))
-        if found or "nsupported" in str(error):
-            code = f" ({found.group(1)})" if found else ""
-            raise UserError(f"{path}: refused, opening it would run code{code}; it must hold tensors only") from None
+        if found:
+            code = f"{path}: refused, opening it would run code ({found.group(1)})"
+            raise UserError(f"{code}; it must hold tensors only, as a state_dict() does") from None
         raise UserError(f"{path}: not a checkpoint, or damaged") from None
     except Exception as error:  # damaged files raise many kinds
         raise UserError(f"{path}: not a checkpoint, or damaged ({one_line(error)})") from None

@@ -202,7 +202,7 @@ def _distinction(place: ComparisonGroup, same: Sequence[ComparisonGroup]) -> lis
         else:
             value = getattr(place.protocol, name)
             text = "unknown" if value is None else short(value)
-        parts.append(f"{name.removesuffix('_sha256').replace('_', ' ')} {text}")
+        parts.append(f"{name.removesuffix('_sha256').removeprefix('num_').replace('_', ' ')} {text}")
     return parts
 
 

@@ -5,7 +5,7 @@ All its content comes from the records of the export and of the run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from ekd_lightning import markdown as md
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import file_sha256, write_json, write_text
 from ekd_lightning.pipeline.export import EXPORT
-from ekd_lightning.reporting.estimates import plural
+from ekd_lightning.reporting.estimates import listed, plural
 
 CARD = "README.md"
 _COUPLING = {
@@ -83,7 +83,7 @@ def model_card(export: Mapping[str, Any], result: Mapping[str, Any], *, license_
         "machine": ", ".join(hardware.get("gpus") or [])
         or f"{hardware.get('cpu')}, {hardware.get('threads')} thread(s)",
         "ranked": sorted((accuracy, name) for accuracy, name in scored if accuracy is not None),
-        "saw_everything": any(teacher.get("trained_on") in ("published", "all") for teacher in teachers),
+        **_seen_by(teachers),
         "origin": _origin(export, result),
     }
     return md.fill("ekd_lightning.reporting", "model_card.md", values)
@@ -144,6 +144,18 @@ def _header(export: Mapping[str, Any], license_id: str | None) -> md.Markdown:
         "model-index": [{"name": model_name(export), "results": [entry]}],
     }
     return md.Markdown(yaml.safe_dump(header, sort_keys=False, allow_unicode=True, width=100).rstrip())
+
+
+def _seen_by(teachers: Sequence[Mapping[str, Any]]) -> dict[str, str | None]:
+    """The teachers that saw all training images, and those of which it is not known, for a sentence each."""
+    everything = [one for one in teachers if one.get("source") == "zoo" or one.get("trained_on") == "all"]
+    unknown = [one for one in teachers if one not in everything and one.get("trained_on") != "subset"]
+
+    def named(some: Sequence[Mapping[str, Any]], all_of_them: str) -> str | None:
+        ids = md.Markdown(listed([md.code(one.get("id")) for one in some]))
+        return (all_of_them if len(some) == len(teachers) else ids) if some else None
+
+    return {"saw_everything": named(everything, "Teachers"), "saw_unknown": named(unknown, "the teachers")}
 
 
 def _structure(export: Mapping[str, Any]) -> str:

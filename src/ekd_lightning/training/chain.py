@@ -101,7 +101,7 @@ def plan_chain(
     _warn_of_sizes(assistants, teachers, count_parameters(student), settings.student.network)
     recipe, temperature = settings.recipe.changed(method.chain.recipe, "method.chain.recipe"), method.chain.temperature
     check_optimizer(recipe, "method.chain.recipe")
-    check_batch_size(recipe.batch_size, len(subset.train_index))
+    check_batch_size(recipe.batch_size, len(subset.train_index), recipe_key="method.chain.recipe")
     training = LinkTraining(
         replace(settings, recipe=recipe),
         dataset,

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from ekd_lightning.data.loader import check_batch_size
 from ekd_lightning.errors import UserError, few
 from ekd_lightning.files import file_sha256
 from ekd_lightning.methods.options import choice
@@ -200,6 +201,7 @@ def _plan_stored(
     `start` returns the network with its initial weights, see `train_teacher`; `initial` describes them in the key.
     """
     check_optimizer(settings.recipe, "teachers.recipe")  # before other teachers are trained
+    check_batch_size(settings.recipe.batch_size, len(data.index()), recipe_key="teachers.recipe")
     everything = "all" if data.dataset.val_index is None else "all but those for validation"
     key = {
         "network": spec.to_dict(),
@@ -261,8 +263,8 @@ def _plan_library(
     detail = {"library": f"{entry.source} {library_version(spec.name)}".strip(), "weights": PUBLISHED}
     if path is not None:
         detail |= {"weights": path.name, "file_sha256": file_sha256(path)}
+    published = path is None and entry.source != "module"
     if entry.finetune:
-        published = path is None and entry.source != "module"
         # Local weights are read now, so that those that do not fit are refused before other teachers are trained.
         weights = detail if published else parts_sha256(load(fresh_head=True))
         initial = {"start": weights, "finetune": entry.finetune}
@@ -272,8 +274,10 @@ def _plan_library(
     if classes is None and predicted != spec.num_classes:
         if not linear:
             raise UserError(f"{key}: {spec.name!r} predicts {predicted} classes, the data has {spec.num_classes}")
-        classes = [ABSENT] * spec.num_classes  # a teacher of features alone; terms on logits refuse it
-    if classes is not None:
+        counts = predicted, spec.num_classes
+        log.info("teacher %s predicts %d classes, the data has %d: it can teach features only", spec.name, *counts)
+        classes = [ABSENT] * spec.num_classes  # terms on logits refuse it
+    elif classes is not None:
         classes = positions(spec, classes, data.dataset.class_names, predicted)
         if unknown := [name for name, place in zip(data.dataset.class_names, classes, strict=True) if place == ABSENT]:
             log.info("teacher %s does not know %d of the data's classes: %s", spec.name, len(unknown), few(unknown))
@@ -281,6 +285,9 @@ def _plan_library(
         spec.name if path is None else f"{spec.name}-{path.stem}",
         spec,
         entry.source,
-        lambda: (load(classes=classes), {"trained_on": "published", **detail}),
+        lambda: (
+            load(classes=classes),
+            {"trained_on": "published" if published or entry.hub else "elsewhere", **detail},
+        ),
         frozenset(c for c, place in enumerate(classes or ()) if place == ABSENT),
     )

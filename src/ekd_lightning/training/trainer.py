@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.accelerators import CUDAAccelerator, MPSAccelerator
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ProgressBar, Timer
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.io import CheckpointIO
@@ -40,6 +41,7 @@ _RESERVED = {
     "default_root_dir": "not a setting; set the run's directory by hydra.run.dir",
 }
 _MORE_VALUES = {"precision": ("auto",)}
+_GPUS = {"gpu": (CUDAAccelerator, MPSAccelerator), "cuda": (CUDAAccelerator,), "mps": (MPSAccelerator,)}
 
 
 @cache
@@ -91,6 +93,11 @@ def build_trainer(
     if chosen.get("enable_progress_bar") is None:
         chosen["enable_progress_bar"] = any(isinstance(callback, ProgressBar) for callback in callbacks)
     chosen["plugins"] = _plugins(chosen.get("plugins"), directory)
+    wanted = _GPUS.get(str(flags.get("accelerator")), ())
+    if wanted and not any(one.is_available() for one in wanted):
+        raise UserError(
+            f"trainer.accelerator={flags['accelerator']}: PyTorch finds no such GPU here; trainer=cpu runs without one"
+        )
     try:
         return pl.Trainer(**chosen, default_root_dir=directory, logger=loggers, callbacks=callbacks)
     except ModuleNotFoundError as error:
