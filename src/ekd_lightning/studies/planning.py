@@ -125,7 +125,8 @@ def plan(study: Study, folder: Path, compose: Composer, *, retry_failed: bool, a
     rest = f", {running} left to other processes, which are running them" if running else ""
     rest += f", {len(others)} not asked for" if others else ""
     again = sum(job.resumed for job in jobs)
-    log.info("%d runs in the study, %d to be run (%d of them resumed)%s", len(every), len(jobs), again, rest)
+    planned = plural(len(every), "run")
+    log.info("%s in the study, %d to be run (%d of them resumed)%s", planned, len(jobs), again, rest)
     for one in failed:
         log.warning("%s failed earlier and is skipped: %s (--retry-failed runs it again)", one.name, one.error)
     _warn_of_other_machines([run for run in every if run.is_over])
