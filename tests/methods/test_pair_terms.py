@@ -15,9 +15,8 @@ from torch.nn import functional
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods import TermContext, build_method, build_term, losses, terms_with_labels
-from ekd_lightning.methods.adapters import ConvRegressor
 from ekd_lightning.methods.assignment import build_assignment
-from ekd_lightning.methods.pair_terms import FeatureBranch
+from ekd_lightning.methods.pair_terms import ConvRegressor, FeatureBranch
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, build_network, normalization
 from ekd_lightning.networks.frozen import FrozenNetwork
 from ekd_lightning.networks.staged import TeacherOutput, on_grid

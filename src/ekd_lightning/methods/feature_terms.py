@@ -16,10 +16,9 @@ from torch.nn import functional
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods import losses
-from ekd_lightning.methods.adapters import adapted
 from ekd_lightning.methods.context import StepContext, TermContext
 from ekd_lightning.methods.options import choice, number
-from ekd_lightning.methods.pair_terms import FeatureTerm, different_stages, pair_key
+from ekd_lightning.methods.pair_terms import FeatureTerm, adapted, different_stages, pair_key
 from ekd_lightning.methods.terms import register_term
 
 STAGES = ("stage1", "stage2", "stage3")

@@ -111,7 +111,8 @@ class _Distillation(SoftTerm):
         self.uses_temperature = temperature is None and self.accepts_masked
 
     def _value(self, student_logits: Tensor, context: StepContext, weights: Tensor) -> Tensor:
-        target = losses.combine_teachers(context.teacher_logits, weights, self.temperature, self.combine)
+        assert context.teachers is not None
+        target = losses.combine_teachers(context.teachers.logits, weights, self.temperature, self.combine)
         if self.loss == "mse_logits":
             return losses.mse(student_logits, target)
         value = losses.kd_divergence(student_logits, target, self.temperature)
@@ -124,9 +125,10 @@ class DistillationEnsemble(_Distillation):
 
     def forward(self, context: StepContext) -> Tensor:
         """Returns the mean over the batch, in nats (or squared logits)."""
-        M = len(context.teacher_logits)
+        assert context.teachers is not None
+        M = len(context.teachers.logits)
         # Created on the device, to avoid a copy from the host in every step.
-        weights_M = torch.full((M,), 1.0 / M, device=context.teacher_logits.device)
+        weights_M = torch.full((M,), 1.0 / M, device=context.teachers.logits.device)
         return self._value(context.student.logits, context, weights_M)
 
 

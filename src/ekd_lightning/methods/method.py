@@ -256,7 +256,7 @@ class Method(nn.Module):
             changed_KM = self.assignment_at(step, progress) if assignment_KM is None else assignment_KM
             matrix_KM = (self.assignment.mean_KM if changed_KM is None else changed_KM).to(student.logits.device)
         context = StepContext(student, teachers, batch, matrix_KM, epoch, step, progress, networks, step_t)
-        labelled = context.labelled
+        labelled = context if batch.num_labelled is None else context.labelled
         values = {key: term(labelled if term.needs_labels else context) for key, term in active.items()}
         for key, value in values.items():
             if value.dim():

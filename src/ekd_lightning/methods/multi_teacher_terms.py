@@ -14,10 +14,17 @@ from torch.nn import functional
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods import losses
-from ekd_lightning.methods.adapters import adapted, make_adapter
 from ekd_lightning.methods.context import StepContext, TermContext
 from ekd_lightning.methods.options import choice, number, switch
-from ekd_lightning.methods.pair_terms import POOLED, FeatureSite, errors_of_images, pair_key, read_sites
+from ekd_lightning.methods.pair_terms import (
+    POOLED,
+    FeatureSite,
+    adapted,
+    errors_of_images,
+    make_adapter,
+    pair_key,
+    read_sites,
+)
 from ekd_lightning.methods.terms import SoftTerm, Term, register_term
 
 SCALES = ("normalized", "published_code")
