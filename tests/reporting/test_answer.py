@@ -442,6 +442,7 @@ def test_one_branch_is_compared_with_the_best_other_method_of_its_cost(seeds):
         alone = {"branches": [1], "accuracy": best[seed], "nll": 1.0, "macs": 12_000_000, "num_parameters": 80_000}
         other = {**alone, "branches": [0], "accuracy": 0.95}
         branches = {"test_subsets": [other, alone], "val_branch_accuracy": [0.5, 0.6], "macs": 30_000_000}
+        branches["test_branch_accuracy"] = [0.95, best[seed]]
         runs.append(entry(result("ekd", seed, 0.95, **branches), f"e{seed}"))
         runs.append(entry(result("kd_mean", seed, cheap[seed], macs=12_000_000), f"k{seed}"))
         runs.append(entry(result("camkd", seed, dear[seed], macs=25_000_000), f"c{seed}"))

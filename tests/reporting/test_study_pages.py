@@ -24,7 +24,7 @@ from ekd_lightning.reporting.blocks import blocks
 from ekd_lightning.reporting.groups import group
 from ekd_lightning.reporting.page import payload
 from ekd_lightning.reporting.report import make_report
-from ekd_lightning.reporting.report_files import page_name, runs_csv, write_records
+from ekd_lightning.reporting.report_files import each_once, page_name, runs_csv, write_records
 from ekd_lightning.reporting.study_pages import lead, standings, summary_page
 from ekd_lightning.runs.collection import RunEntry, collect, read_records
 from ekd_lightning.runs.directory import FORMAT
@@ -137,6 +137,14 @@ def test_where_ekd_stands_is_what_scipy_says(runs: list[RunEntry]) -> None:
     assert "paired by seed). By method: `ekd` is below in 1; `ekd_pooled` is above in 1." in lead(standings(block))
 
 
+def test_a_run_evaluated_after_it_was_recorded_replaces_its_record(tmp_path: Path) -> None:
+    before = row("ekd", (0.6, 0.7))
+    recorded = read_records(write_records(before, tmp_path)[0])
+    evaluated = [replace_kept(run, result=run.result.having(val_branch_accuracy=[0.5, 0.6])) for run in before]
+    for given in ([*evaluated, *recorded], [*recorded, *evaluated]):
+        assert [run.get("val_branch_accuracy") for run in each_once(given)] == [[0.5, 0.6]] * 2
+
+
 def test_one_branch_is_compared_at_its_own_cost(runs: list[RunEntry], tmp_path: Path) -> None:
     """It is chosen by validation accuracy, not by test accuracy."""
 
@@ -163,6 +171,15 @@ def test_one_branch_is_compared_at_its_own_cost(runs: list[RunEntry], tmp_path: 
         for name, own in OTHERS.items():
             expected = [0.6 + seed / 100 - other for seed, other in enumerate(own) if seed < len(EKD)]
             assert alone.against[name].mean == pytest.approx(sum(expected) / len(expected))
+    assert lead([whole, alone]) == lead([whole])
+    single = [
+        replace_kept(run, row="ekd_single", name=f"single-{run.name}")
+        for run in row("ekd", (0.59,) * 4, K=1, macs=macs)
+    ]
+    (block,) = blocks(group(collection(*plain, *dear, *single)))
+    whole, alone = standings(block)  # EKD with one branch is another method
+    assert alone.against["ekd_single"].mean == pytest.approx(0.025)
+    assert "ekd_single" in whole.against
     heads = [row("ekd", EKD, macs=macs, **branches((0.9, 0.6), macs))[seed] for seed in range(len(EKD))]
     (block,) = blocks(group(collection(*plain, *heads)))
     assert [one.ekd.label for one in standings(block)] == ["ekd"]  # one head costs what three do

@@ -68,9 +68,11 @@ class Block:
         return [group for group in self.done if not group.method.startswith("ekd")]
 
     def rivals(self, subject: Group) -> list[Group]:
-        """The other methods that cost no more than the subject."""
+        """The other methods that cost no more than the subject; beside branches, EKD with one branch is one of them."""
         most = (subject.mean("macs") or float("inf")) * (1 + SAME_COST)
-        return [group for group in self.others if (group.mean("macs") or 0.0) <= most]
+        plain = [one for one in self.done if one.method in SUBJECTS and one.num_branches == 1]
+        others = self.others + (plain if (subject.num_branches or 1) > 1 else [])
+        return [group for group in others if (group.mean("macs") or 0.0) <= most]
 
     @property
     def data(self) -> str:

@@ -262,10 +262,11 @@ def one_branch(whole: Group) -> Group | None:
     runs = []
     for run in whole.done:
         result = run.result
-        if result is None or (alone := result.branch_alone) is None:
+        if result is None or not result.test_branch_accuracy or (alone := result.branch_alone) is None:
             return None
         known = {name: result[name] for name in ("method", "data", "seed", "fraction")}
-        known |= {"test_accuracy": alone["accuracy"], "test_nll": alone["nll"]}
+        # The accuracy of the pass, and so the precision, in which that of the whole student was measured.
+        known |= {"test_accuracy": result.test_branch_accuracy[alone["branches"][0]], "test_nll": alone["nll"]}
         known |= {name: alone[name] for name in ("macs", "num_parameters")}
         runs.append(replace(run, result=Result.of(known)))
     return replace(whole, label=f"{whole.label}, one branch", runs=tuple(runs), duplicates=()) if runs else None

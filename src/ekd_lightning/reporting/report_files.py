@@ -131,7 +131,7 @@ def _identity(run: RunEntry) -> tuple[Any, ...]:
 
 
 def each_once(runs: Iterable[RunEntry]) -> list[RunEntry]:
-    """Runs of studies, each once if it was given twice.
+    """Runs of studies, each once if it was given twice: then as the record that holds more.
 
     Raises:
         UserError: For two runs of one row that differ in more than their seed.
@@ -146,7 +146,9 @@ def each_once(runs: Iterable[RunEntry]) -> list[RunEntry]:
                 f"{first.name} and {run.name}: both belong to row {run.row} of study {run.study} but differ in {name} "
                 f"({', '.join(map(setups.short, values))}); rename the folder of one of the two studies"
             )
-        found[_identity(run)] = run
+        earlier = found.setdefault(_identity(run), run)
+        if len(run.result or ()) > len(earlier.result or ()):  # the run itself, perhaps evaluated since
+            found[_identity(run)] = run
     return list(found.values())
 
 

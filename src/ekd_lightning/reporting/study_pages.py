@@ -25,7 +25,7 @@ from ekd_lightning.reporting.estimates import (
     share,
 )
 from ekd_lightning.reporting.figure_style import COST_FIGURE, file_name
-from ekd_lightning.reporting.groups import Group, corrected_by_row
+from ekd_lightning.reporting.groups import Group, branched, corrected_by_row
 from ekd_lightning.reporting.report import Report, kind_of_machine
 from ekd_lightning.reporting.report_files import MADE_BY, PAGE_BEGINS, SUMMARY_PAGE, page_name
 
@@ -64,12 +64,12 @@ class Standing(NamedTuple):
 def standings(block: Block) -> list[Standing]:
     """Compares each row of EKD with all methods of at most 5 % more MACs, except other variants of EKD.
 
-    Where a branch alone costs less than all of them, it is compared at its own cost, too.
+    Where a branch alone costs less than all of them, it is compared at its own cost, too. EKD with one branch is plain
+    distillation, so it counts as another method if there are rows with several.
     """
     found = []
-    for ekd in (
-        one for whole in block.done if whole.method in SUBJECTS for one in (whole, cheaper_branch(whole)) if one
-    ):
+    rows = branched([one for one in block.done if one.method in SUBJECTS])
+    for ekd in (one for whole in rows for one in (whole, cheaper_branch(whole)) if one):
         others = block.rivals(ekd)
         against = corrected_by_row(others, {one.label: ekd.minus(one) for one in others})
         found.append(Standing(block, ekd, against, *best_of(others, against)))
@@ -77,8 +77,9 @@ def standings(block: Block) -> list[Standing]:
 
 
 def lead(found: Sequence[Standing]) -> str:
-    """The answer in a few sentences: is EKD ahead at equal cost, with limited data?"""
-    limited = [one for one in found if (one.block.fraction or 1.0) <= LIMITED and one.best]
+    """The answer in a few sentences: is EKD ahead at equal cost, with limited data? Single branches do not count."""
+    whole = [one for one in found if one.ekd in one.block.groups]
+    limited = [one for one in whole if (one.block.fraction or 1.0) <= LIMITED and one.best]
     counts = Counter(one.side(one.best.label) for one in limited if one.best)
     tested = len(limited) - counts["too few runs"]
     if not tested:
@@ -140,7 +141,8 @@ Differences are in points, paired by seed, with their 95 % interval. The best ot
 test accuracy among those with at least {ENOUGH} common seeds, if there are any. This choice flatters it, so the pages
 correct p values for all comparisons. The runs of one line share data, images, views, number of steps and precision.
 Lines that differ in these cannot be compared with each other. *One branch* is the branch with the highest validation
-accuracy, deployed without the others (`ekd-export --branches best`).
+accuracy, deployed without the others (`ekd-export --branches best`); such rows do not count in the first sentence. EKD
+trained with one branch is plain distillation, and counts as another method beside rows with several.
 
 Pages: {", ".join(map(_link, pages))}. {MADE_BY}
 
