@@ -201,14 +201,18 @@ def _plan_stored(
     `start` returns the network with its initial weights, see `train_teacher`; `initial` describes them in the key.
     """
     check_optimizer(settings.recipe, "teachers.recipe")  # before other teachers are trained
-    check_batch_size(settings.recipe.batch_size, len(data.index()), recipe_key="teachers.recipe")
-    everything = "all" if data.dataset.val_index is None else "all but those for validation"
+    held_out, own = data.dataset.val_index, data.train_on == "subset"
+    images = (
+        len(data.subset.train_index) if own else len(data.dataset.train) - len(() if held_out is None else held_out)
+    )
+    check_batch_size(settings.recipe.batch_size, images, recipe_key="teachers.recipe")
+    everything = "all" if held_out is None else "all but those for validation"
     key = {
         "network": spec.to_dict(),
         "data": data.dataset.name,
         "images": data.dataset.train.sha256,
         "train_on": data.train_on,
-        "subset": data.subset.sha256 if data.train_on == "subset" else everything,
+        "subset": data.subset.sha256 if own else everything,
         "views": data.views.key,
         "recipe": settings.recipe.key(),
         "seed": entry.seed,
