@@ -284,6 +284,16 @@ def test_pages_replace_only_pages(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_runs_that_are_no_row_of_a_study_are_named(tmp_path: Path) -> None:
+    study, out = write(tmp_path / "a", {"ekd": EKD}), tmp_path / "out"
+    write_run(study / "runs" / "crd-f0.1-s0", result("crd", 0, 0.7))
+    code, _, err = called(main, study, "-o", out, "--study-pages")
+    assert (code, err.count("\n")) == (0, 1)
+    assert "left out, as their study.json does not have them, or is missing: runs/crd-f0.1-s0" in err
+    assert {run.row for run in read_records(out / "cifar10.jsonl")} == {"ekd"}
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_records_that_are_not_given_are_not_lost(tmp_path: Path) -> None:
     first, second, out = write(tmp_path / "a", {"ekd": EKD}), write(tmp_path / "b", {"camkd": EKD}), tmp_path / "out"
     assert pages(first, "-o", out) == (0, "")

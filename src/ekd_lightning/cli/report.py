@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 from ekd_lightning.config.commands import print_next, typed
 from ekd_lightning.config.edge import make_parser, parse_names, run_command
 from ekd_lightning.config.overrides import shell_word
-from ekd_lightning.errors import UserError, require
+from ekd_lightning.errors import UserError, few, require
 from ekd_lightning.progress import part, phase, session
 
 if TYPE_CHECKING:
     from ekd_lightning.reporting.report import Report
     from ekd_lightning.runs.collection import Collection, RunEntry
     from ekd_lightning.studies.study import Study
+
+log = logging.getLogger(__name__)
 
 PROGRAM = "ekd-report"
 FORMATS = ("svg", "png")
@@ -132,7 +134,10 @@ def write_study_pages(args: argparse.Namespace) -> None:
 
     require("report", "matplotlib", or_else=_WITHOUT_FIGURES)
     report_files.check_output(args.output, force=args.force, marked=False)
-    every = list(_of_studies(collect(args.runs).runs, _study))
+    found = collect(args.runs).runs
+    every = list(_of_studies(found, _study))
+    if lone := {run.name for run in found if run.is_over} - {run.name for run in every}:
+        log.warning("left out, as their study.json does not have them, or is missing: %s", few(sorted(lone)))
     runs = report_files.each_once(run for run in every if run.state == "done")
     if not runs:
         raise UserError(f"{' '.join(map(str, args.runs))}: holds no finished run of a study")
