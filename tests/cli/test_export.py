@@ -158,6 +158,12 @@ def test_the_best_branch_is_that_of_the_highest_validation_accuracy(run, tmp_pat
     assert float((model(images) - expected).abs().max()) < 1e-4
 
 
+def test_the_best_of_one_branch_is_that_branch(train, tmp_path):
+    assert train(tmp_path / "run", "student.branches=1").code == 0
+    assert call(tmp_path / "run", "-o", tmp_path / "one", "--branches", "best")[0] == 0
+    assert read(tmp_path / "one")["student"]["branches"] == [0]
+
+
 def test_late_branches_are_exported_as_one_head(train, tmp_path):
     run = tmp_path / "run"
     assert train(run, "student.branches=3", "student.split_after=stage3").code == 0

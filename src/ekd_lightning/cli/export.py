@@ -240,8 +240,10 @@ def _with_best_branch(args: argparse.Namespace, options: ExportOptions) -> Expor
         return options
     if options.weights != "last":
         raise UserError(f"--branches {_BEST} --weights {options.weights}: branches are validated with the last weights")
-    chosen = RunDirectory(args.run).finished_result().chosen_branch
-    if chosen is None:
+    result = RunDirectory(args.run).finished_result()
+    if result.num_branches == 1:
+        return options
+    if (chosen := result.chosen_branch) is None:
         raise UserError(f"--branches {_BEST}: the run did not validate several branches; give positions, e.g. 0")
     return replace(options, branches=(chosen,))
 
