@@ -23,6 +23,7 @@ from ekd_lightning.files import (
     is_intact,
     move_folder,
     read_json,
+    read_yaml,
     remove_parts,
     replacing,
     seal,
@@ -162,3 +163,14 @@ def test_json_that_is_no_mapping_or_changed_is_refused_by_name(tmp_path: Path, t
     with pytest.raises(DamagedFileError, match=r"x\.json: damaged") as caught:
         read_json(tmp_path / "x.json")
     assert "\n" not in str(caught.value)
+
+
+def test_a_merged_mapping_may_override_a_key_but_none_may_be_there_twice(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("p:\n  q: &b\n    <<: &a {x: 1}\n    x: 2\nd:\n  <<: *b\n")
+    assert read_yaml(path)["p"] == {"q": {"x": 2}}
+    path.write_text("p:\n- {x: 1, y: 2, x: 3}\n")
+    with pytest.raises(DamagedFileError, match=r"x\.yaml: the key 'x' is there twice \(line 2\); remove one$"):
+        read_yaml(path)
+    path.write_text("")
+    assert read_yaml(path) is None

@@ -151,16 +151,24 @@ def write_yaml(path: Path, text: str) -> None:
     write_bytes(path, seal(f"{head}{text}".encode()))
 
 
-class _LoaderOfKeys(_Loader):
-    """Refuses a key that a mapping has twice, where YAML would silently take the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set[tuple[str, str]]()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
-                raise yaml.MarkedYAMLError(problem=f"duplicate key {key.value!r}", problem_mark=key.start_mark)
-            seen.add((key.tag, str(key.value)))
-        return super().construct_mapping(node, deep)
+def _repeated_key(root: yaml.Node | None) -> yaml.ScalarNode | None:
+    """A key that a mapping has twice, where YAML would silently take the last one; None without any."""
+    left, known = [] if root is None else [root], set[int]()
+    while left:
+        node = left.pop()
+        if id(node) in known:  # an alias
+            continue
+        known.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            left += node.value
+        elif isinstance(node, yaml.MappingNode):
+            seen = set[tuple[str, str]]()
+            for key, value in node.value:
+                if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
+                    return key
+                seen.add((key.tag, str(key.value)))
+                left += [key, value]
+    return None
 
 
 def read_yaml(path: Path) -> Any:
@@ -173,7 +181,15 @@ def read_yaml(path: Path) -> Any:
     text = read_bytes(path)
     require_intact(path, text)
     try:
-        return yaml.load(text, _LoaderOfKeys)
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if (key := _repeated_key(node)) is not None:
+                line = key.start_mark.line + 1
+                raise DamagedFileError(f"{path}: the key {key.value!r} is there twice (line {line}); remove one")
+            return None if node is None else loader.construct_document(node)
+        finally:
+            loader.dispose()
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         what = str(error).splitlines()[0]
         if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:

@@ -26,6 +26,7 @@ HEARTBEAT = {"heartbeat": True}
 """`extra` of a log line that only states the progress; log files leave it out."""
 _FIRST_SECONDS, _QUIET_SECONDS, _MOST_SECONDS, _POLL_SECONDS = 3.0, 15.0, 300.0, 0.5
 _LEAST_STATES, _LEAST_SHARE = 5, 0.05  # different states of the work, or share of it, before an estimate
+_GROWTH = 1.001  # of the work between two states that are kept, so that they stay few
 
 
 class _Pace:
@@ -42,7 +43,7 @@ class _Pace:
             seen.pop()
         if not worked or seconds <= 1:
             return None
-        if not seen or seen[-1][0] < worked:
+        if not seen or seen[-1][0] * _GROWTH < worked:
             seen.append((worked, seconds))
             self._states += 1
         if self._states < _LEAST_STATES and worked < _LEAST_SHARE * (worked + left):

@@ -28,6 +28,7 @@ from ekd_lightning.reporting.report_files import each_once, page_name, runs_csv,
 from ekd_lightning.reporting.study_pages import lead, standings, summary_page
 from ekd_lightning.runs.collection import RunEntry, collect, read_records
 from ekd_lightning.runs.directory import FORMAT
+from ekd_lightning.runs.result import Result
 
 EKD = (0.70, 0.72, 0.71, 0.705)
 OTHERS = {
@@ -141,8 +142,10 @@ def test_a_run_evaluated_after_it_was_recorded_replaces_its_record(tmp_path: Pat
     before = row("ekd", (0.6, 0.7))
     recorded = read_records(write_records(before, tmp_path)[0])
     evaluated = [replace_kept(run, result=run.result.having(val_branch_accuracy=[0.5, 0.6])) for run in before]
+    recorded = [replace_kept(run, about="A study.") for run in recorded]
     for given in ([*evaluated, *recorded], [*recorded, *evaluated]):
-        assert [run.get("val_branch_accuracy") for run in each_once(given)] == [[0.5, 0.6]] * 2
+        kept = each_once(given)
+        assert [(run.get("val_branch_accuracy"), run.about) for run in kept] == [([0.5, 0.6], "A study.")] * 2
 
 
 def test_one_branch_is_compared_at_its_own_cost(runs: list[RunEntry], tmp_path: Path) -> None:
@@ -180,6 +183,10 @@ def test_one_branch_is_compared_at_its_own_cost(runs: list[RunEntry], tmp_path: 
     whole, alone = standings(block)  # EKD with one branch is another method
     assert alone.against["ekd_single"].mean == pytest.approx(0.025)
     assert "ekd_single" in whole.against
+    for lacks in ({"test_branch_accuracy": [None, None]}, {"test_subsets": [{"branches": [1]}]}):  # nothing to compare
+        less = [run.having(result=cast(Result, run.result).having(**lacks)) for run in dear]
+        (block,) = blocks(group(collection(*plain, *less)))
+        assert [one.ekd.label for one in standings(block)] == ["ekd"]
     heads = [row("ekd", EKD, macs=macs, **branches((0.9, 0.6), macs))[seed] for seed in range(len(EKD))]
     (block,) = blocks(group(collection(*plain, *heads)))
     assert [one.ekd.label for one in standings(block)] == ["ekd"]  # one head costs what three do
@@ -289,7 +296,7 @@ def test_runs_that_are_no_row_of_a_study_are_named(tmp_path: Path) -> None:
     write_run(study / "runs" / "crd-f0.1-s0", result("crd", 0, 0.7))
     code, _, err = called(main, study, "-o", out, "--study-pages")
     assert (code, err.count("\n")) == (0, 1)
-    assert "left out, as their study.json does not have them, or is missing: runs/crd-f0.1-s0" in err
+    assert "left out, because their study.json is missing or does not list them: runs/crd-f0.1-s0" in err
     assert {run.row for run in read_records(out / "cifar10.jsonl")} == {"ekd"}
 
 

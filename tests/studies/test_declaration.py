@@ -157,7 +157,7 @@ def test_a_row_that_is_written_twice_is_refused_with_its_line(tmp_path: Path) ->
     )
     assert [part.name for part in read_declaration(str(path)).parts] == ["1"]
     path.write_text(f"{path.read_text()}    ce: {{with: [recipe.lr=0.1]}}\n")
-    with pytest.raises(UserError, match=r"own\.yaml: damaged, not YAML \(duplicate key 'ce', line 7\)"):
+    with pytest.raises(UserError, match=r"own\.yaml: the key 'ce' is there twice \(line 7\); remove one"):
         read_declaration(str(path))
 
 
@@ -353,6 +353,16 @@ def test_a_part_takes_more_seeds_for_all_rows_or_for_those_named(tmp_path: Path)
     found = {row.name: (row.seeds, row.decides) for row in study.rows}
     assert found == {"mine": ((0, 2, 3), True), "kd_mean": ((0, 2), True), "sp": ((3,), False)}
     assert study.declaration == "own"
+
+
+@pytest.mark.usefixtures("quick_planning")
+def test_a_repeated_command_goes_on_with_its_plain_students_of_equal_cost(tmp_path: Path) -> None:
+    rows = {"ekd_pooled": {"with": ["student.split_after=stage1"]}, "ce": {}}
+    assert planned(tmp_path, decide={"seeds": [0], "rows": rows})[0] == 0
+    words = ("--output", tmp_path / "o/a", "--print-jobs", "--methods", "ekd_pooled", "--match", "macs")
+    first, second = (re.findall(r"/runs/([\w.-]+)", call(*words)[1]) for _ in range(2))
+    assert first == second
+    assert len(first) == 3
 
 
 @pytest.mark.usefixtures("quick_planning")

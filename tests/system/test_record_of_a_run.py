@@ -102,7 +102,7 @@ def test_the_printed_table_has_the_branch_that_validation_chose_and_its_cost(run
     alone = run.result["test_subsets"][branch]
     (line,) = [line for line in run.out.splitlines() if line.split()[:3] == ["student:", "branch", str(branch)]]
     accuracy, parameters, macs = f"{100 * alone['accuracy']:.2f}", f"{alone['num_parameters']:,}", alone["macs"]
-    assert line.split()[3:] == ["alone,", "chosen", "in", "validation", accuracy, parameters, f"{macs / 1e6:.1f}", "M"]
+    assert line.split()[3:] == ["alone,", "chosen", "by", "validation", accuracy, parameters, f"{macs / 1e6:.1f}", "M"]
 
 
 def test_teachers_are_recorded_with_hash_and_accuracy(run):

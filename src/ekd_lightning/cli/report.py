@@ -137,7 +137,7 @@ def write_study_pages(args: argparse.Namespace) -> None:
     found = collect(args.runs).runs
     every = list(_of_studies(found, _study))
     if lone := {run.name for run in found if run.is_over} - {run.name for run in every}:
-        log.warning("left out, as their study.json does not have them, or is missing: %s", few(sorted(lone)))
+        log.warning("left out, because their study.json is missing or does not list them: %s", few(sorted(lone)))
     runs = report_files.each_once(run for run in every if run.state == "done")
     if not runs:
         raise UserError(f"{' '.join(map(str, args.runs))}: holds no finished run of a study")

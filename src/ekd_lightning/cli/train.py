@@ -232,7 +232,7 @@ def show_result(result: Result, directory: Path, code: Sequence[str]) -> None:
         ("student: the ensemble" if result.num_branches != 1 else "student", result.test_accuracy, result)
     ]
     if (branch := result.chosen_branch) is not None and len(found := result.test_branch_accuracy or []) > branch:
-        rows.append((f"student: branch {branch} alone, chosen in validation", found[branch], result.branch_alone or {}))
+        rows.append((f"student: branch {branch} alone, chosen by validation", found[branch], result.branch_alone or {}))
     rows += [(f"teacher: {teacher['id']}", teacher["test_accuracy"], teacher) for teacher in result.teachers or []]
     cells = (
         (

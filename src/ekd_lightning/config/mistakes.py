@@ -10,7 +10,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any, get_args, get_type_hints
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, ValueNode
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, ConfigTypeError, OmegaConfBaseException
 from omegaconf.errors import ValidationError as WrongValueError
 from yaml import MarkedYAMLError
@@ -94,9 +94,13 @@ def _wrong_container(error: BaseException) -> str | None:
     """The line for a value in a file that is no mapping, or no list; only where it was merged says which and where."""
     merging = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
     wanted, found = merging.get("self"), merging.get("other", merging.get("src"))
-    if not isinstance(wanted, (DictConfig, ListConfig)) or not (key := wanted._get_full_key(None)):
+    if not isinstance(wanted, (DictConfig, ListConfig)):
         return None
-    advice = f"; {_DEFAULTS}" if "." not in key else ""  # it may be an option of a group: `method: ekd`
+    if not (key := wanted._get_full_key(None)):
+        return "the file is a list and must be a mapping" if isinstance(found, ListConfig) else None
+    found = found._value() if isinstance(found, ValueNode) else found
+    option = isinstance(wanted, DictConfig) and "." not in key  # it may be an option of a group: `method: ekd`
+    advice = f"; {_DEFAULTS}" if option else ""
     return f"{key}={_as_typed(found)}: must be a {'list' if isinstance(wanted, ListConfig) else 'mapping'}{advice}"
 
 

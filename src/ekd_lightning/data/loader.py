@@ -93,7 +93,7 @@ def check_batch_size(batch_size: int, num_images: int, world_size: int = 1, *, r
     if batch_size < 1:
         raise UserError(f"{given} must be at least 1")
     if batch_size > num_images:
-        raise UserError(f"{given} is larger than the {num_images} training images: lower it or choose a larger subset")
+        raise UserError(f"{given} is larger than the {num_images} training images: lower it or train on more images")
     if batch_size % world_size:
         raise UserError(f"{given} cannot be shared evenly by {world_size} processes: choose a multiple of {world_size}")
 

@@ -129,7 +129,7 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def update(self, rows: Tensor, embeddings: Tensor) -> None:
-        """Moves entries of the bank, rows int64 [B], towards new embeddings [B, D]; all have length 1.
+        """Moves entries of the bank, rows int64 [B], towards new embeddings [B, D] of length 1, and normalises them.
 
         Of an image that the batch has twice, as with few labelled images beside unlabelled ones, the first view counts.
         """

@@ -30,7 +30,7 @@ _SMALLER = 1.5
 
 @contextlib.contextmanager
 def keeping_modes(module: nn.Module) -> Iterator[None]:
-    """Gives every part of a module the mode (train or eval) back that it had before the block."""
+    """Restores the mode (train or eval) of every part of a module after the block."""
     modes = [(part, part.training) for part in module.modules()]
     try:
         yield

@@ -68,7 +68,10 @@ class Block:
         return [group for group in self.done if not group.method.startswith("ekd")]
 
     def rivals(self, subject: Group) -> list[Group]:
-        """The other methods that cost no more than the subject; beside branches, EKD with one branch is one of them."""
+        """The other methods that cost no more than the subject.
+
+        If the subject has several branches, EKD with one branch counts as one of them.
+        """
         most = (subject.mean("macs") or float("inf")) * (1 + SAME_COST)
         plain = [one for one in self.done if one.method in SUBJECTS and one.num_branches == 1]
         others = self.others + (plain if (subject.num_branches or 1) > 1 else [])

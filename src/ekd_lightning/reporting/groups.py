@@ -257,18 +257,20 @@ def make_group(
 def one_branch(whole: Group) -> Group | None:
     """The same students cut to one branch each, the most accurate one on validation images, at the cost of this branch.
 
-    Only test accuracy, NLL and costs are known of it. None where a run has not evaluated its branches.
+    Only test accuracy and costs are known of it. None where a run has not evaluated its branches.
     """
     runs = []
     for run in whole.done:
         result = run.result
         if result is None or not result.test_branch_accuracy or (alone := result.branch_alone) is None:
             return None
+        costs = {name: alone.get(name) for name in ("macs", "num_parameters")}
+        accuracy = _at(result.test_branch_accuracy, alone["branches"])
+        if accuracy is None or None in costs.values():
+            return None
         known = {name: result[name] for name in ("method", "data", "seed", "fraction")}
         # The accuracy of the pass, and so the precision, in which that of the whole student was measured.
-        known |= {"test_accuracy": result.test_branch_accuracy[alone["branches"][0]], "test_nll": alone["nll"]}
-        known |= {name: alone[name] for name in ("macs", "num_parameters")}
-        runs.append(replace(run, result=Result.of(known)))
+        runs.append(run.having(result=Result.of({**known, **costs, "test_accuracy": accuracy})))
     return replace(whole, label=f"{whole.label}, one branch", runs=tuple(runs), duplicates=()) if runs else None
 
 

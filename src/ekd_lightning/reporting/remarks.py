@@ -155,7 +155,8 @@ def _one_branch(block: Block, subject: Group) -> str:
     difference = found[best.label][1]
     assert difference is not None
     by = f"{es.points(difference.mean)} points ({es.interval_words(difference)}, n = {es.plural(difference.n, 'pair')})"
-    return f"{text}; minus the best other method of at most this cost ({best.label}): {by}."
+    among = f"the best of {len(compared)} other methods" if len(compared) > 1 else "the only other method"
+    return f"{text}. Minus {best.label}, {among} at no more cost, this is {by}."
 
 
 def _heterogeneity(subject: Group, controls: Mapping[str, Group]) -> list[str]:

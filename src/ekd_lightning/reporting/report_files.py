@@ -138,7 +138,9 @@ def each_once(runs: Iterable[RunEntry]) -> list[RunEntry]:
     """
     found: dict[tuple[Any, ...], RunEntry] = {}
     rows: dict[tuple[Any, ...], RunEntry] = {}
-    for run in runs:
+    every = list(runs)
+    about = {(run.study, Protocol.of(run)): run.about for run in every if run.about}  # only records have it
+    for run in every:
         first = rows.setdefault(_row(run), run)
         if differ := setups.differences(first, run):
             name, values = next(iter(differ.items()))
@@ -149,7 +151,8 @@ def each_once(runs: Iterable[RunEntry]) -> list[RunEntry]:
         earlier = found.setdefault(_identity(run), run)
         if len(run.result or ()) > len(earlier.result or ()):  # the run itself, perhaps evaluated since
             found[_identity(run)] = run
-    return list(found.values())
+    kept = found.values()
+    return [run.having(about=run.about or about.get((run.study, Protocol.of(run)), "")) for run in kept]
 
 
 def record_lines(study: str, runs: Sequence[RunEntry]) -> list[str]:

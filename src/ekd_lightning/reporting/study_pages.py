@@ -64,8 +64,8 @@ class Standing(NamedTuple):
 def standings(block: Block) -> list[Standing]:
     """Compares each row of EKD with all methods of at most 5 % more MACs, except other variants of EKD.
 
-    Where a branch alone costs less than all of them, it is compared at its own cost, too. EKD with one branch is plain
-    distillation, so it counts as another method if there are rows with several.
+    Where a branch alone costs less than all branches together, it is compared at its own cost, too. EKD with one
+    branch is plain distillation, so it counts as another method if there are rows with several.
     """
     found = []
     rows = branched([one for one in block.done if one.method in SUBJECTS])

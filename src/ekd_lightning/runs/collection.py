@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -66,6 +66,12 @@ class RunEntry:
             ForeignRecordError: If a file is no record of this package, or one of another version.
         """
         return cls(directory, name, *RunDirectory(directory).record())
+
+    def having(self, **changes: Any) -> RunEntry:
+        """Returns the entry with changed attributes, and with the configuration and provenance that it holds."""
+        made = replace(self, **changes)
+        vars(made).update({name: vars(self)[name] for name in ("config", "provenance") if name in vars(self)})
+        return made
 
     @property
     def is_over(self) -> bool:

@@ -73,6 +73,7 @@ def plan_rows(
         rows.append(declared.get(name) or _with_split(make_row(name, compose, common), subject, common, compose))
     for by in matches:
         matched = {f"{method}_{by}": method for method in (beside.get(name, name) for name in MATCHED)}
+        rows += [declared[name] for name in matched if name in declared]
         new = {name: method for name, method in matched.items() if name not in recorded}
         if new:  # a study keeps the network that was found first
             cfg = compose(overrides=_words(subject, common))
