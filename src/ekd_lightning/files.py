@@ -184,10 +184,8 @@ def read_yaml(path: Path) -> Any:
         loader = _Loader(text)
         try:
             node = loader.get_single_node()
-            if (key := _repeated_key(node)) is not None:
-                line = key.start_mark.line + 1
-                raise DamagedFileError(f"{path}: the key {key.value!r} is there twice (line {line}); remove one")
-            return None if node is None else loader.construct_document(node)
+            repeated = _repeated_key(node)
+            content = None if node is None or repeated else loader.construct_document(node)
         finally:
             loader.dispose()
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -195,6 +193,10 @@ def read_yaml(path: Path) -> Any:
         if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
             what = f"{error.problem}, line {error.problem_mark.line + 1}"
         raise DamagedFileError(f"{path}: damaged, not YAML ({what})") from None
+    if repeated is not None:
+        line = repeated.start_mark.line + 1
+        raise DamagedFileError(f"{path}: the key {repeated.value!r} is there twice (line {line}); remove one")
+    return content
 
 
 def write_text(path: Path, text: str) -> None:
