@@ -28,7 +28,6 @@ from ekd_lightning.reporting.report_files import each_once, page_name, runs_csv,
 from ekd_lightning.reporting.study_pages import lead, standings, summary_page
 from ekd_lightning.runs.collection import RunEntry, collect, read_records
 from ekd_lightning.runs.directory import FORMAT
-from ekd_lightning.runs.result import Result
 
 EKD = (0.70, 0.72, 0.71, 0.705)
 OTHERS = {
@@ -184,7 +183,7 @@ def test_one_branch_is_compared_at_its_own_cost(runs: list[RunEntry], tmp_path: 
     assert alone.against["ekd_single"].mean == pytest.approx(0.025)
     assert "ekd_single" in whole.against
     for lacks in ({"test_branch_accuracy": [None, None]}, {"test_subsets": [{"branches": [1]}]}):  # nothing to compare
-        less = [run.having(result=cast(Result, run.result).having(**lacks)) for run in dear]
+        less = [run.having(result=run.result.having(**lacks)) for run in dear]
         (block,) = blocks(group(collection(*plain, *less)))
         assert [one.ekd.label for one in standings(block)] == ["ekd"]
     heads = [row("ekd", EKD, macs=macs, **branches((0.9, 0.6), macs))[seed] for seed in range(len(EKD))]
