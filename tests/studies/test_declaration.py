@@ -446,7 +446,7 @@ def finished(words: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -
 def test_a_declared_study_says_its_cost_and_what_is_not_run(finished: tuple[Path, str, str]) -> None:
     folder, out, err = finished
     assert "in all: 4 runs, 1,072 training images, about" in err
-    assert "estimated from one second of a student's training" in err
+    assert "estimated from one second of a student's eager training steps" in err
     assert "not run: digits-10: 3 of 7 runs (ekd 2, kd_mean_stage3 1)" in out
     assert "not run: digits-20: all 7 runs" in out
     study = read_study(folder / "digits-10")

@@ -60,7 +60,7 @@ def log_cost(planned: Mapping[Path, tuple[Study, Sequence[Job]]], composer: Comp
     """Logs the number of runs, training images and the time that the jobs of several studies need on this machine.
 
     Times are estimated from finished runs of the studies that were made on this kind of machine; without any, a second
-    of a student's training is timed.
+    of a student's training is timed, eagerly, as compiling would take longer than the estimate is worth.
     """
     jobs = {place.name: own for place, (_, own) in planned.items() if own}
     if not jobs:
@@ -73,7 +73,10 @@ def log_cost(planned: Mapping[Path, tuple[Study, Sequence[Job]]], composer: Comp
     _, speed = recorded_pace(every)
     source = plural(len(every), "finished run")
     if not speed:
-        source = "one second of a student's training; filling the teacher tables takes additional time"
+        source = (
+            "one second of a student's eager training steps, which compiled and captured ones beat several times; "
+            "filling the teacher tables takes additional time"
+        )
         first = next(own[0] for own in jobs.values())
         speed = training_speed(to_settings(composer(overrides=first.overrides)))
     costs = []
