@@ -36,7 +36,7 @@ def test_decoupled_against_loops():
 
 @given(seed=st.integers(0, 500), T=st.sampled_from([1.0, 2.0, 4.0]))
 def test_the_parts_make_up_hintons_divergence(seed, T):
-    """KL = TCKD + (1 - p_y) NCKD, image by image (equation 6)."""
+    """KL = TCKD + (1 - p_y) NCKD, image by image."""
     student, teacher = logits(1, 5, seed), logits(1, 5, seed + 1)
     tckd, nckd = decoupled(student, teacher, LABELS[:1], T)
     rest = 1 - (teacher / T).softmax(-1)[0, LABELS[0]]
@@ -68,6 +68,9 @@ def test_standardised_logits_against_numpy():
     array = z.numpy()
     expected = (array - array.mean(1, keepdims=True)) / (array.std(1, ddof=1, keepdims=True) + 1e-7)
     np.testing.assert_allclose(standardized(z).numpy(), expected)
+    C = array.shape[1]
+    paper = (array - array.mean(1, keepdims=True)) / array.std(1, keepdims=True)
+    np.testing.assert_allclose(standardized(z).numpy() * np.sqrt(C / (C - 1)), paper, rtol=1e-6)
 
 
 def test_soft_cross_entropy_has_the_gradient_of_the_divergence_over_t_squared():

@@ -50,7 +50,7 @@ def draw_targets(teacher_logits: Tensor, uniform: Tensor) -> Tensor:
 def attack(
     teacher: Callable[[Tensor], Tensor], images: Tensor, target: Tensor, std: Tensor, steps: int, step_size: float
 ) -> Tensor:
-    """Moves images towards a target class until the teacher's prediction changes (Heo et al. 2019, algorithm 1).
+    """Moves images towards a target class until the teacher's prediction changes (Heo et al., AAAI 2019, and code).
 
     A step is step_size · (z_first - z_target + 1e-4) · g / ‖g‖₂ with g the gradient of z_target - z_first, in the
     normalised units of the teacher; an image whose predicted class has changed is not moved further. In the normalised

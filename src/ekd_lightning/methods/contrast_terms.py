@@ -213,7 +213,7 @@ class Samples(NamedTuple):
 class ContrastiveRepresentation(FeatureTerm):
     """NCE loss of student anchors against the teacher's bank plus that of teacher anchors against the student's bank.
 
-    Tian, Krishnan and Isola, "Contrastive Representation Distillation", ICLR 2020 (section 3.2; equations 18, 19).
+    Tian, Krishnan and Isola, "Contrastive Representation Distillation", ICLR 2020 (equation 18).
     Both networks' pooled features are mapped to unit vectors by trained linear maps. An anchor's positive is the
     other network's bank entry of the same image, its negatives are entries of images of other classes, drawn with
     replacement (the published sampler does so when there are fewer such images than negatives). After the scores

@@ -125,7 +125,7 @@ class GaussianModel(nn.Module):
 
 @register_term("vid")
 class VariationalInformation(FeatureTerm):
-    """Σ_stages mean(½ [(μ(f_s) - f_m)² / σ_c² + log σ_c²]): Ahn et al., CVPR 2019, equations 5 and 6.
+    """Σ_stages mean(½ [(μ(f_s) - f_m)² / σ_c² + log σ_c²]): Ahn et al., CVPR 2019, equation 5.
 
     See `losses.gaussian_loss`. The paper sums over elements with a factor λ; here it is the mean, for the weight 1.
     Every pair (branch, teacher) has its own μ and σ, which are dropped after training.

@@ -22,8 +22,8 @@ LEADER_AND_PEERS = 3
 class Mutual(SoftTerm, BranchTerm):
     """mean_k 1/(K-1) Σ_{l≠k} T² KL(p_T(z_l) ‖ p_T(z_k)), targets detached: every branch imitates all others.
 
-    Deep Mutual Learning (Zhang, Xiang, Hospedales and Lu, CVPR 2018, equations 4 to 6 and their extension to
-    more networks), which has T = 1. Here all branches are updated at once; the authors' code updates them in turn.
+    Deep Mutual Learning (Zhang, Xiang, Hospedales and Lu, CVPR 2018), which has T = 1; see `losses.mutual_divergence`.
+    Here all branches are updated at once; the authors' code updates them in turn.
 
     Args:
         reduction: `mean` or `sum` over the K branches; `sum` gives each network its own loss unscaled.

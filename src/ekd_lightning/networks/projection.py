@@ -20,7 +20,7 @@ _FACTOR = 2  # the teacher's feature width over that of the bottleneck
 
 
 class Projector(nn.Sequential):
-    """1×1, 3×3 and 1×1 convolutions, each with batch norm and ReLU: Chen et al., CVPR 2022, section 3.3 and their code.
+    """1×1, 3×3 and 1×1 convolutions, each with batch norm and ReLU: Chen et al., CVPR 2022, and their code.
 
     They map the channels of the student's last stage to the width D >= 2 of the teacher's features; the bottleneck has
     D / 2 channels.

@@ -1,8 +1,7 @@
 """Chain of teacher assistants, teacher → assistant → ... → student, planned and checked before any training.
 
-Mirzadeh et al. 2020 (AAAI, arXiv 1902.03393), section "Teacher Assistant Knowledge Distillation": each network of
-the chain is trained by plain distillation from the one before it, L = (1 - λ) CE + λ T² KL (their equation 3; KL is
-the batch mean).
+Mirzadeh et al. 2020 (AAAI, arXiv 1902.03393): each network of the chain is trained by plain distillation from the one
+before it, L = (1 - λ) CE + λ T² KL (their equation 3; KL is the batch mean).
 
 The run's teachers teach the first assistant (by the mean of their logits if there are several); the last assistant
 alone teaches the student, by the run's method.

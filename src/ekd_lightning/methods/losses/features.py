@@ -54,7 +54,7 @@ def to_common_size(
 
 
 def attention_map(features: Tensor) -> Tensor:
-    """Q / ‖Q‖₂ with Q = mean_c f_c², the attention map of Zagoruyko and Komodakis (2017, section 3.1) for p = 2.
+    """Q / ‖Q‖₂ with Q = mean_c f_c²: the activation-based attention map of Zagoruyko and Komodakis (2017) for p = 2.
 
     Maps features [B, C, H, W] to [B, H·W] >= 0, rows of length 1 (0 where all features are 0), float32 or wider;
     invariant to the order of the channels and to positive factors.
@@ -63,11 +63,11 @@ def attention_map(features: Tensor) -> Tensor:
 
 
 def attention_loss(student: Tensor, teacher: Tensor, form: str = "squared") -> Tensor:
-    """Distance between two networks' attention maps at one stage: Zagoruyko and Komodakis, ICLR 2017, equation 2.
+    """Distance between two networks' attention maps at one stage: Zagoruyko and Komodakis, ICLR 2017.
 
-    Their code and the common reimplementations take the mean of the squared difference over all B·H·W elements. Their
-    equation (2) has the norm ½ β ‖Q_s - Q_m‖₂, where β is 1000 over the number of elements and images: `form="norm"`
-    is ½ Σ_b ‖Q_s - Q_m‖₂ / (B·H·W). Both forms are meant for the weight 1000.
+    Their code and the common reimplementations take the mean of the squared difference over all B·H·W elements. The
+    paper has the norm, ½ β ‖Q_s - Q_m‖₂, where β is 1000 over the number of elements and images: `form="norm"` is
+    ½ Σ_b ‖Q_s - Q_m‖₂ / (B·H·W). Both forms are meant for the weight 1000.
 
     Args:
         student: [B, C, H, W].
@@ -96,7 +96,7 @@ def directions(vectors: Tensor) -> Tensor:
 
 
 def relative_distances(features: Tensor) -> Tensor:
-    """Distances between all pairs of images over their mean (Park et al., CVPR 2019, equations 6 and 7).
+    """Distances between all pairs of images over their mean (Park et al., CVPR 2019, section 3.2.1).
 
     Maps features [B, D], B >= 2, to [B, B], float32 or wider, 0 on the diagonal; invariant to translation, rotation and
     scaling of the features. All 0 if all features are equal.
@@ -112,7 +112,7 @@ def relative_distances(features: Tensor) -> Tensor:
 
 
 def angles(features: Tensor) -> Tensor:
-    """Cosine of the angle at image j between images i and k, for all triples (Park et al. 2019, equation 9).
+    """Cosine of the angle at image j between images i and k, for all triples (Park et al. 2019, section 3.2.2).
 
     Maps features [B, D] to [B, B, B], indices j, i, k; float32 or wider; 0 if i or k is j, or has the same features as
     j.
@@ -123,7 +123,7 @@ def angles(features: Tensor) -> Tensor:
 
 
 def similarities(features: Tensor) -> Tensor:
-    """Rows of the batch's Gram matrix, normalised to length 1 (Tung and Mori, ICCV 2019, equation 2).
+    """Rows of the batch's Gram matrix, normalised to length 1 (Tung and Mori, ICCV 2019).
 
     Maps features [B, ...], flattened here, to [B, B], float32 or wider; invariant to rotation and scaling of the
     features. The row of an image whose features are all 0 is 0.
@@ -135,8 +135,9 @@ def similarities(features: Tensor) -> Tensor:
 def distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Huber loss between the relative distances of all pairs: RKD-D of Park et al., CVPR 2019, section 3.2.1.
 
-    Maps features [B, D] and [B, D_m], B >= 2, the teacher's detached here, to a scalar >= 0: the mean over all B²
-    entries including the diagonal, as published; the Huber threshold is 1.
+    Maps features [B, D] and [B, D_m], B >= 2, the teacher's detached here, to a scalar >= 0; the Huber threshold is 1.
+    It is the mean over all B² entries including the diagonal, as in the authors' code; the paper has the sum over
+    pairs of different images.
     """
     return functional.smooth_l1_loss(relative_distances(student), relative_distances(teacher.detach()))
 
@@ -144,16 +145,17 @@ def distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Huber loss between the angles of all triples: RKD-A of Park et al., CVPR 2019, section 3.2.2.
 
-    Maps features [B, D] and [B, D_m], the teacher's detached here, to a scalar >= 0: the mean over all B³ entries; the
-    Huber threshold is 1.
+    Maps features [B, D] and [B, D_m], the teacher's detached here, to a scalar >= 0; the Huber threshold is 1. It is
+    the mean over all B³ entries, as in the authors' code; the paper has the sum over triples of different images.
     """
     return functional.smooth_l1_loss(angles(student), angles(teacher.detach()))
 
 
 def similarity_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """‖S_t - S_s‖²_F / B² with the batch's similarities S: SP of Tung and Mori, ICCV 2019, equation 4.
+    """‖S_t - S_s‖²_F / B² with the batch's similarities S: SP of Tung and Mori, ICCV 2019.
 
-    Maps features [B, ...], which may differ in shape after B, the teacher's detached here, to a scalar >= 0.
+    Maps features [B, ...], which may differ in shape after B, the teacher's detached here, to a scalar >= 0. The paper
+    adds it up over pairs of layers.
     """
     return functional.mse_loss(similarities(student), similarities(teacher.detach()))
 
@@ -180,8 +182,9 @@ def flow_loss(
 ) -> Tensor:
     """Σ_i ‖G_i(student) - G_i(teacher)‖² over consecutive stages: Yim et al., CVPR 2017, equation 2.
 
-    The paper gives all pairs of stages the same factor λ_i but not its value, and matrices of wider stages have more
-    elements.
+    In the paper's figure 2 both layers of a pair belong to one section of the network; pairs of the ends of
+    consecutive stages are RepDistiller's. The paper gives all pairs the same factor λ_i but not its value, and matrices
+    of wider stages have more elements.
 
     Args:
         student: Two or more maps [B, C_i, H_i, W_i], from input to output.
@@ -204,7 +207,7 @@ def flow_loss(
 def gaussian_loss(mean: Tensor, variance: Tensor, target: Tensor) -> Tensor:
     """mean(½ [(μ - f)² / σ_c² + log σ_c²]): -log N(f; μ, σ²) less its constant ½ log 2π.
 
-    VID of Ahn et al., CVPR 2019, equations 5 and 6: the negative variational bound on the mutual information, up to
+    VID of Ahn et al., CVPR 2019, equation 5: the negative variational bound on the mutual information, up to
     constants. The paper sums over elements; RepDistiller (after the authors' code) takes the mean, as here.
 
     Args:
@@ -225,7 +228,7 @@ def noise_contrastive(
 ) -> Tensor:
     """-mean_b { log[p_b+ / (p_b+ + m/n)] + Σ_j log[(m/n) / (p_bj + m/n)] } with p = exp(score) / z.
 
-    Tian, Krishnan and Isola (ICLR 2020), equations 18 and 19 of the appendix, as in their code.
+    Tian, Krishnan and Isola (ICLR 2020), equation 18, as in their code; the paper has no z.
 
     Args:
         scores: [B, N], inner products over τ.

@@ -154,7 +154,7 @@ def combine_teachers(
 def decoupled(
     student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """T² TCKD and T² NCKD, the two parts of decoupled distillation (Zhao et al., CVPR 2022, equations 4 to 7).
+    """T² TCKD and T² NCKD, the two parts of decoupled distillation (Zhao et al., CVPR 2022).
 
     TCKD = KL(b_t ‖ b_s) with b = (p_y, 1 - p_y): the target class against all others. NCKD = KL(p̂_t ‖ p̂_s) with
     p̂ the softmax over the other classes. For every image KL(p_t ‖ p_s) = TCKD + (1 - p_ty) NCKD. The published code
@@ -191,10 +191,12 @@ def _parts(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def standardized(logits: Tensor) -> Tensor:
-    """(z - mean(z)) / (std(z) + 1e-7) over the classes, with the sample standard deviation, as published.
+    """(z - mean(z)) / (std(z) + 1e-7) over the classes, with the sample standard deviation, as in the authors' code.
 
-    Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024, section 4.2. Invariant, up to the 1e-7, to
-    affine maps of an image's logits with a positive factor. Keeps the shape [..., C], C >= 2; float32 or wider.
+    Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024, section 4.3. Their algorithm 1 has the
+    standard deviation with 1/C and without the 1e-7, so its result is larger by the factor √(C / (C-1)). Invariant, up
+    to the 1e-7, to affine maps of an image's logits with a positive factor. Keeps the shape [..., C], C >= 2; float32
+    or wider.
     """
     wide = at_least_float32(logits)
     return (wide - wide.mean(-1, keepdim=True)) / (wide.std(-1, keepdim=True) + STD_EPS)
@@ -203,9 +205,9 @@ def standardized(logits: Tensor) -> Tensor:
 def mutual_divergence(branch_logits: Tensor, temperature: float) -> Tensor:
     """mean_k 1/(K-1) Σ_{l≠k} T² KL(p_T(z_l) ‖ p_T(z_k)): every network imitates all others.
 
-    Deep Mutual Learning (Zhang, Xiang, Hospedales and Lu, CVPR 2018, equations 4 to 6 and their extension to more
-    networks), which has T = 1. Maps logits [K, B, C], K >= 2, detached where they are targets, to a scalar >= 0 in
-    nats.
+    Deep Mutual Learning (Zhang, Xiang, Hospedales and Lu, CVPR 2018), which has T = 1. For more than two networks the
+    authors' code leaves out the paper's factor 1/(K-1). Maps logits [K, B, C], K >= 2, detached where they are targets,
+    to a scalar >= 0 in nats.
     """
     K = len(branch_logits)
     # A stack of views: indexing by a list would copy the indices to the device in every step.
