@@ -6,14 +6,7 @@ from functools import reduce
 import pytest
 
 from ekd_lightning.errors import UserError
-from ekd_lightning.roles import Role, conditions, purposes
-from ekd_lightning.settings import (
-    DataSettings,
-    RecipeSettings,
-    Settings,
-    StudentSettings,
-    TeacherEntry,
-    TeacherSettings,
+from ekd_lightning.keys import (
     is_free,
     is_location,
     is_path,
@@ -22,6 +15,15 @@ from ekd_lightning.settings import (
     may_change_between_parts,
     purpose_of,
     without_effect,
+)
+from ekd_lightning.roles import Role, conditions, purposes
+from ekd_lightning.settings import (
+    DataSettings,
+    RecipeSettings,
+    Settings,
+    StudentSettings,
+    TeacherEntry,
+    TeacherSettings,
 )
 
 

@@ -7,6 +7,7 @@ them there.
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
@@ -136,6 +137,31 @@ TEMPERATURE = {ALLOWED: Range(1e-3, 1e3)}
 def one_of(*names: str) -> dict[str, Any]:
     """Returns metadata of a setting that accepts a few names."""
     return {ALLOWED: names}
+
+
+WHEN = one_of("auto", "always", "never")
+
+
+def check_that(condition: bool, key: str, value: object, allowed: str) -> None:
+    """Refuses a value of a setting by a `UserError`, which says what is allowed, unless a condition holds."""
+    if not condition:
+        raise UserError(f"{key}={value}: {allowed}")
+
+
+def check_name(key: str, value: object) -> None:
+    """Refuses a name for a folder that has path separators, control characters or a leading dot, or is empty."""
+    fits = isinstance(value, str) and value.isprintable() and not re.search(r"[/\\]|^\.|^\s*$", value)
+    allowed = "folders are named after it: it must not be empty, begin with a dot, or contain slashes or line breaks"
+    check_that(fits, key, value, allowed)
+
+
+def check_fields(key: str, given: Mapping[str, Any], kind: type[Any]) -> None:
+    """Refuses names that are no fields of a dataclass, and values of other types, by a `UserError`."""
+    hints = get_type_hints(kind)
+    for name, value in given.items():
+        if name not in hints:
+            raise unknown_name(f"key of {key}", name, hints)
+        check_that(is_of(value, hints[name]), f"{key}.{name}", value, f"must be {name_of_type(hints[name])}")
 
 
 def check_values(settings: Any, prefix: str = "") -> None:

@@ -6,12 +6,10 @@ registry.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Optional, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any, Optional
 
-from ekd_lightning.errors import UserError, unknown_name
+from ekd_lightning.errors import unknown_name
 from ekd_lightning.roles import (
     ALLOWED,
     COMPUTED,
@@ -25,46 +23,26 @@ from ekd_lightning.roles import (
     PART,
     POSITIVE,
     PROTOCOL,
-    PURPOSE,
     ROUNDING,
     SEED,
     SHARE,
     TEMPERATURE,
+    WHEN,
     WORDS,
-    Purpose,
     Range,
-    Role,
     beside,
+    check_name,
+    check_that,
     check_values,
-    conditions,
-    is_of,
-    name_of_type,
     one_of,
-    paths,
-    purposes,
 )
+from ekd_lightning.training_settings import RecipeSettings as RecipeSettings
+from ekd_lightning.training_settings import TeacherEntry as TeacherEntry
+from ekd_lightning.training_settings import TeacherSettings as TeacherSettings
 
 # `Optional[X]` and not `X | None`: OmegaConf reads these annotations as a schema.
 
-
-def check_name(key: str, value: object) -> None:
-    """Refuses a name for a folder that has path separators, control characters or a leading dot, or is empty."""
-    fits = isinstance(value, str) and value.isprintable() and not re.search(r"[/\\]|^\.|^\s*$", value)
-    _require(
-        fits,
-        key,
-        value,
-        "folders are named after it: it must not be empty, begin with a dot, or contain slashes or line breaks",
-    )
-
-
-def _require(condition: bool, key: str, value: object, allowed: str) -> None:
-    if not condition:
-        raise UserError(f"{key}={value}: {allowed}")
-
-
 _FROM_MINUS_ONE = {ALLOWED: Range(-1, LARGEST)}
-_COMPILE = ("auto", "always", "never")
 # Trainer flags with another role than COMPUTED, and the allowed values where Lightning would fail or misread others.
 _TRAINER = {
     **dict.fromkeys(("enable_progress_bar", "enable_checkpointing"), FREE),
@@ -89,12 +67,6 @@ _TRAINER = {
 _WITH_SOURCE = beside("source")
 _CROPS = beside("augmentation", lambda names: "crop_flip" in names)
 _POOL_OF_VIEWS = beside("augmentation", lambda names: names not in ("none", "crop_flip", ["none"], ["crop_flip"]))
-_SGD = beside("optimizer", lambda name: name.lower() == "sgd")
-_STEPS = beside("schedule", lambda name: name == "step")
-_TRAINED = beside(
-    "pool", lambda pool: any(isinstance(one, dict) and (one.get("train") or one.get("finetune")) for one in pool)
-)
-_TABLED = beside("table", lambda use: use != "off")
 _BRANCHED = beside("branches", lambda count: count > 1)
 _LOGGED = beside("enabled")
 
@@ -153,211 +125,6 @@ class DataSettings:
 
 
 @dataclass
-class RecipeSettings:
-    """Optimiser and schedule: SGD with momentum by default, learning rate as a function of the epoch."""
-
-    epochs: int = field(default=60, metadata=PROTOCOL | COUNT)
-    batch_size: int = field(default=128, metadata=PROTOCOL | COUNT)
-    """Images per batch, summed over all devices; one optimiser step, unless gradients are accumulated."""
-    optimizer: str = field(default="sgd", metadata=COMPUTED)
-    """sgd, adamw, or the name of another class of torch.optim, in upper or lower case."""
-    optimizer_options: dict[str, Any] = field(default_factory=dict, metadata=COMPUTED)
-    """Further arguments of that class: `recipe.optimizer=adamw recipe.optimizer_options={betas: [0.9, 0.95]}`."""
-    lr: float = field(default=0.1, metadata=COMPUTED | POSITIVE)
-    momentum: float = field(default=0.9, metadata=COMPUTED | {ALLOWED: Range(0, 1, below=True)} | _SGD)
-    """Momentum of sgd; other optimisers ignore it, and `nesterov`."""
-    nesterov: bool = field(default=True, metadata=COMPUTED | _SGD)
-    weight_decay: float = field(default=5e-4, metadata=COMPUTED | NOT_NEGATIVE)
-    schedule: str = field(default="cosine", metadata=COMPUTED | one_of("cosine", "step", "constant"))
-    """cosine (to zero), step (times `gamma` at each milestone) or constant."""
-    milestones: list[float] = field(default_factory=lambda: [0.5, 0.75], metadata=COMPUTED | _STEPS)
-    """Points of the step schedule as shares of the training, in (0, 1)."""
-    gamma: float = field(default=0.1, metadata=COMPUTED | POSITIVE | _STEPS)
-    warmup_epochs: float = field(default=0.0, metadata=COMPUTED | NOT_NEGATIVE)
-    ema: float = field(default=0.0, metadata=COMPUTED | {ALLOWED: Range(0, 1, below=True)})
-    """Decay of a moving average of the student's weights, updated after every step; 0 for none. Its test scores are the
-    fields `test_..._ema`. Teachers have no such average."""
-    mixup: float = field(default=0.0, metadata=PROTOCOL | NOT_NEGATIVE)
-    """α of mixup, 0 for none; if `cutmix` is on as well, each batch uses one of the two with equal probability."""
-    cutmix: float = field(default=0.0, metadata=PROTOCOL | NOT_NEGATIVE)
-    """α of CutMix, 0 for none."""
-
-    def check(self, prefix: str) -> None:
-        """Refuses impossible values by a `UserError`, which names their keys below `prefix`, e.g. "recipe"."""
-        check_values(self, f"{prefix}.")
-        _require(not self.nesterov or self.momentum > 0, f"{prefix}.nesterov", True, f"needs {prefix}.momentum > 0")
-        inside = all(0 < m < 1 for m in self.milestones)
-        _require(inside, f"{prefix}.milestones", self.milestones, "must be shares of the training in (0, 1)")
-        fits = self.warmup_epochs < self.epochs
-        _require(fits, f"{prefix}.warmup_epochs", self.warmup_epochs, f"must be below {prefix}.epochs={self.epochs}")
-
-    def changed(self, changes: dict[str, Any], key: str) -> RecipeSettings:
-        """This recipe with other values for some settings; messages name their keys below `key`.
-
-        Raises:
-            UserError: For an unknown setting, or a value of another type or outside its range.
-        """
-        hints = get_type_hints(RecipeSettings)
-        for name, value in changes.items():
-            if name not in hints:
-                raise unknown_name(f"key of {key}", name, hints)
-            _require(is_of(value, hints[name]), f"{key}.{name}", value, f"must be {name_of_type(hints[name])}")
-        recipe = replace(self, **changes)
-        if changes:
-            recipe.check(key)
-        return recipe
-
-    def key(self) -> dict[str, Any]:
-        """The recipe's part of a teacher's key in the store; newer settings are in it only if they are not default."""
-        usual = {"optimizer": "sgd", "optimizer_options": {}, "ema": self.ema}
-        return {name: value for name, value in asdict(self).items() if name not in usual or value != usual[name]}
-
-    def mixed(self, prefix: str) -> str:
-        """The keys of mixup and CutMix that are on, with their values; empty without any."""
-        values = {name: getattr(self, name) for name in ("mixup", "cutmix")}
-        return " and ".join(f"{prefix}.{name}={alpha}" for name, alpha in values.items() if alpha)
-
-
-@dataclass
-class TeacherEntry:
-    """One member of the pool of teachers; exactly one of the first seven settings is given."""
-
-    zoo: Optional[str] = None
-    """Id of a pretrained network in the zoo."""
-    file: Optional[str] = None
-    """A safetensors file of this package, or (with `network` and `key_map`) a foreign checkpoint."""
-    train: Optional[str] = None
-    """Name of a network that is trained on demand and kept in the teacher store."""
-    timm: Optional[str] = None
-    """Name of a network of timm."""
-    torchvision: Optional[str] = None
-    """Name of a network of torchvision."""
-    module: Optional[str] = None
-    """PACKAGE.FUNCTION that returns a torch.nn.Module from images to logits; `imports` names the package."""
-    hub: Optional[str] = None
-    """USER/REPO of a timm network on the Hugging Face hub; only config.json and the safetensors file are read."""
-    network: Optional[str] = None
-    key_map: Optional[str] = None
-    options: dict[str, Any] = field(default_factory=dict)
-    normalization: Optional[str] = None
-    seed: int = field(default=0, metadata=SEED)
-    """Seed of the initialisation and the order of images of a teacher that is trained on demand."""
-    weights: Optional[str] = None
-    """File of weights for timm, torchvision and module; null or DEFAULT: the published weights, or those with which the
-    module's function returns it."""
-    state_key: Optional[str] = None
-    """Key of the weights in a checkpoint, if it is not a usual one."""
-    classes: Optional[list[Any]] = None
-    """If the weights have other classes than the data: positions of the data's classes among those of the weights, or
-    the names of the weights' classes."""
-    stages: Optional[dict[str, str]] = None
-    """Names of stages in order, each with the submodule that ends it; null: stages are found by the sizes of maps."""
-    image_size: Optional[int] = field(default=None, metadata=COUNT)
-    """Side in pixels to which images are resized for this teacher; null: the library's value."""
-    finetune: Optional[str] = field(default=None, metadata=one_of("head", "all"))
-    """head or all: trains a new classifier, or all weights, on the images of teachers.train_on; kept in the store."""
-    recipe: dict[str, Any] = field(default_factory=dict)
-    """Settings that differ from teachers.recipe."""
-
-    @property
-    def source(self) -> str:
-        """The one of `_SOURCES` that is given."""
-        return next(name for name in _SOURCES if getattr(self, name))
-
-
-_LIBRARY = ("options", "normalization", "weights", "state_key", "classes", "stages", "image_size", "finetune")
-_USEFUL = {
-    "zoo": (),
-    "file": ("network", "key_map", "options", "normalization"),
-    "train": ("options", "normalization", "seed", "recipe"),
-    **dict.fromkeys(("timm", "torchvision", "module"), _LIBRARY),
-    "hub": tuple(name for name in _LIBRARY if name != "weights"),
-}
-"""Sources of a teacher, each with the settings that have an effect beside it; `finetune` adds `seed` and `recipe`."""
-_SOURCES = tuple(_USEFUL)
-
-
-@dataclass
-class TeacherSettings:
-    """The pool of teachers and how its members are obtained."""
-
-    pool: list[Any] = field(default_factory=list, metadata=COMPUTED)
-    """Mappings (see `TeacherEntry`) or ids of the zoo."""
-    count: Optional[int] = field(default=None, metadata=COMPUTED | COUNT_OR_NONE | beside("method.name"))
-    """Number of teachers: the first `count` members of the pool; null: all of them."""
-    weights_dir: str = field(default="weights", metadata=LOCATION)
-    """Folder of the zoo's files; missing ones are downloaded into it if `download` is true."""
-    download: bool = field(default=True, metadata=LOCATION)
-    train_on: str = field(default="subset", metadata=COMPUTED | one_of("subset", "all") | _TRAINED)
-    """Training images of teachers that are trained on demand: the `subset` of the student, or `all` except `val/`."""
-    recipe: RecipeSettings = field(default_factory=RecipeSettings, metadata=COMPUTED | _TRAINED)
-    store: str = field(default="store", metadata=LOCATION)
-    """Folder of trained teachers, their predictions for test images, and teacher tables, shared by all runs."""
-    table: str = field(default="auto", metadata=ROUNDING | one_of("auto", "require", "off"))
-    """Use of teacher tables: auto (if the augmentation is finite), require, or off."""
-    table_stages: bool = field(default=False, metadata=ROUNDING | _TABLED)
-    """Whether tables hold whole stage outputs, for methods that read them: 2 bytes a value, so 8 kB a row for the last
-    stage of a CIFAR ResNet and 88 kB for all four, which may take longer to write than the teachers take to compute.
-    Without them such methods run their teachers in every step. Averages over a small grid (a term's `grid`) are always
-    in the tables."""
-    table_budget_gb: float = field(default=20.0, metadata=ROUNDING | NOT_NEGATIVE | _TABLED)
-    """Largest size of the tables of one run on disk, in GB."""
-    fill: str = field(default="none", metadata=FREE | one_of("none", "run", "all"))
-    """Rows of the tables that `ekd-teach` computes: none, run (those that a run with these settings reads) or all."""
-    precision: str = field(default="auto", metadata=COMPUTED | one_of("auto", "float32", "bfloat16"))
-    """Precision of frozen teachers: auto (bfloat16 where the hardware has it), float32 or bfloat16."""
-    fold: bool = field(default=True, metadata=ROUNDING)
-    """Whether batch norms of frozen teachers are folded into their convolutions."""
-    compile: str = field(default="auto", metadata=ROUNDING | one_of(*_COMPILE))
-    """Whether frozen teachers use torch.compile: auto (if the work is long enough to pay for it), always or never."""
-
-    def check(self) -> None:
-        """Refuses impossible values, and values that do not fit the pool, by a `UserError`."""
-        pool = len(self.pool)
-        check_values(self, "teachers.")
-        if self.count is not None:
-            _require(self.count <= pool, "teachers.count", self.count, f"the pool has only {pool} teachers")
-        for position in range(pool):
-            self.entry(position)
-        self.recipe.check("teachers.recipe")
-        _require(not self.recipe.ema, "teachers.recipe.ema", self.recipe.ema, "only the student's weights are averaged")
-
-    def entry(self, position: int) -> TeacherEntry:
-        """Returns pool member `position` (0-based) as a typed entry.
-
-        An unknown key, or not exactly one way to obtain it, is a `UserError`.
-        """
-        node, key = self.pool[position], f"teachers.pool[{position}]"
-        if isinstance(node, TeacherEntry):
-            entry = node
-        elif isinstance(node, str):
-            entry = TeacherEntry(zoo=node)
-        elif isinstance(node, dict):
-            allowed = get_type_hints(TeacherEntry)
-            for name, value in node.items():
-                if name not in allowed:
-                    raise unknown_name(f"key of {key}", name, allowed)
-                fits = is_of(value, allowed[name])
-                _require(fits, f"{key}.{name}", value, f"must be {name_of_type(allowed[name])}")
-            entry = TeacherEntry(**node)
-        else:
-            raise UserError(f"{key}={node}: must be a zoo id or a mapping with one of {', '.join(_SOURCES)}")
-        given = [name for name in _SOURCES if getattr(entry, name)]
-        _require(len(given) == 1, key, given, f"give exactly one of {', '.join(_SOURCES)}")
-        plain = TeacherEntry()
-        useful = _USEFUL[given[0]]
-        useful += ("seed", "recipe") if entry.finetune and "finetune" in useful else ()
-        for one in fields(TeacherEntry):
-            if one.name not in (*given, *useful) and getattr(entry, one.name) != getattr(plain, one.name):
-                known = f"the settings {', '.join(useful)}" if useful else "no further settings"
-                raise UserError(f"{key}.{one.name} has no effect together with {given[0]}, which takes {known}")
-        if entry.finetune and entry.classes:
-            raise UserError(f"{key}.classes has no effect together with finetune, which trains a new classifier")
-        check_values(entry, f"{key}.")
-        return entry
-
-
-@dataclass
 class StudentSettings:
     """The student: a compact network, and its branches."""
 
@@ -378,7 +145,7 @@ class StudentSettings:
     instead of a head of its own (SimKD)."""
     normalization: Optional[str] = field(default=None, metadata=COMPUTED)
     """Name of a normalisation; null: that of the data set."""
-    compile: str = field(default="auto", metadata=ROUNDING | one_of(*_COMPILE))
+    compile: str = field(default="auto", metadata=ROUNDING | WHEN)
     """Whether training steps use torch.compile: auto (in runs that are long enough to pay for it), always or never."""
 
 
@@ -497,7 +264,7 @@ class Settings:
     channels_last: bool = field(default=True, metadata=ROUNDING)
     """Whether images and convolutions are channels-last in memory, where torch's kernels are safe with it; results
     change within rounding."""
-    capture: str = field(default="auto", metadata=ROUNDING | one_of(*_COMPILE))
+    capture: str = field(default="auto", metadata=ROUNDING | WHEN)
     """Whether training steps are recorded as CUDA graphs: auto (on a single CUDA device, if the run allows it), always
     (also on a CPU, where the same step runs unrecorded) or never. Results change within rounding."""
     metric: str = field(default="val_accuracy", metadata=FREE | one_of(*RETURNABLE))
@@ -523,91 +290,18 @@ class Settings:
     def _check_unlabelled(self) -> None:
         data, without = self.data, "has no effect without data.unlabelled"
         if data.unlabelled is None:
-            _require(data.unlabelled_share is None, "data.unlabelled_share", data.unlabelled_share, without)
-            _require(data.epoch == "labelled", "data.epoch", data.epoch, without)
+            check_that(data.unlabelled_share is None, "data.unlabelled_share", data.unlabelled_share, without)
+            check_that(data.epoch == "labelled", "data.epoch", data.epoch, without)
         elif mixed := self.recipe.mixed("recipe"):
-            _require(False, "data.unlabelled", data.unlabelled, f"images without labels cannot be mixed ({mixed})")
+            check_that(False, "data.unlabelled", data.unlabelled, f"images without labels cannot be mixed ({mixed})")
 
     def _check_length(self) -> None:
         epochs, most = self.recipe.epochs, self.trainer.get("max_epochs")
         fits = most is None or (type(most) is int and 1 <= most <= epochs)
         allowed = f"must be from 1 to recipe.epochs={epochs}; fewer epochs stop the training early, to be resumed"
-        _require(fits, "trainer.max_epochs", most, allowed)
+        check_that(fits, "trainer.max_epochs", most, allowed)
         least, last = self.trainer.get("min_epochs") or 0, most or epochs
-        _require(least <= last, "trainer.min_epochs", least, f"must be at most {last}, the epochs of the training")
+        check_that(least <= last, "trainer.min_epochs", least, f"must be at most {last}, the epochs of the training")
         least, last = self.trainer.get("min_steps") or 0, self.trainer.get("max_steps", -1)
-        _require(last != 0, "trainer.max_steps", last, "leaves nothing to train; -1 sets no limit")
-        _require(last == -1 or least <= last, "trainer.min_steps", least, f"is above trainer.max_steps={last}")
-
-
-_PURPOSES = dict(purposes(Settings))
-_CONDITIONS = tuple(conditions(Settings))
-_PATHS: dict[str, tuple[str, ...]] = dict(paths(Settings))
-
-
-def purpose_of(key: str) -> Purpose:
-    """The purpose of a setting by its dotted key; an unknown setting counts as changing the results."""
-    known = key
-    while known not in _PURPOSES:
-        if not known:
-            return COMPUTED[PURPOSE]
-        known = known.rpartition(".")[0]
-    return _PURPOSES[known]
-
-
-def without_effect(settings: Settings, given: Collection[str], facts: Mapping[str, object]) -> dict[str, str]:
-    """Finds given settings that have no effect, because they depend on another setting with a certain value.
-
-    Given keys with their default value are ignored. `facts` are, by key of the other setting, facts that decide instead
-    of its value. Returns one line for each setting without effect, by its key.
-    """
-    found = {}
-    for key, other, counts in _CONDITIONS:
-        words = [word for word in given if f"{word}.".startswith(f"{key}.")]
-        changed = words and _value(settings, key) != _value(Settings(), key)
-        if changed and not counts(facts.get(other, _value(settings, other))):
-            for word in words:
-                value, beside_value = (f"{_value(settings, name)!s:.60}" for name in (word, other))
-                found[word] = f"{word}={value} has no effect with {other}={beside_value}"
-    return found
-
-
-def _value(settings: object, key: str) -> Any:
-    """A setting by its dotted key; None where a mapping lacks it."""
-    for name in key.split("."):
-        settings = settings.get(name) if isinstance(settings, dict) else getattr(settings, name, None)
-    return settings
-
-
-def keys_where(holds: Callable[[str], bool]) -> tuple[str, ...]:
-    """The dotted keys that fulfil a condition, in the order of the settings."""
-    return tuple(key for key in _PURPOSES if holds(key))
-
-
-def is_location(key: str) -> bool:
-    """Whether a setting is a location."""
-    return purpose_of(key).role is Role.LOCATION
-
-
-def is_path(key: str) -> bool:
-    """Whether a setting can be a path: all locations except `download`, and `data.unlabelled`."""
-    return key in _PATHS
-
-
-def is_place(key: str, value: object) -> bool:
-    """Whether a value of a setting is a path, whose content a run records by its hash."""
-    return isinstance(value, str) and key in _PATHS and value not in _PATHS[key]
-
-
-def is_free(key: str, *, exact: bool = True) -> bool:
-    """Whether a setting may change without changing the results: a location or a free setting.
-
-    The results are to be equal bit for bit; `exact=False` allows rounding.
-    """
-    purpose = purpose_of(key)
-    return is_location(key) or (purpose.role is Role.FREE and (purpose.exact or not exact))
-
-
-def may_change_between_parts(key: str) -> bool:
-    """Whether a setting may change when a stopped run is resumed."""
-    return is_free(key) or purpose_of(key).between_parts
+        check_that(last != 0, "trainer.max_steps", last, "leaves nothing to train; -1 sets no limit")
+        check_that(last == -1 or least <= last, "trainer.min_steps", least, f"is above trainer.max_steps={last}")

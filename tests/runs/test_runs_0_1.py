@@ -19,12 +19,12 @@ from ekd_lightning.config.config import recorded_settings, register_schema, to_p
 from ekd_lightning.config.overrides import check_unchanged, expand_resume, key_of
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import read_json
+from ekd_lightning.keys import is_free
 from ekd_lightning.pipeline.context import open_context
 from ekd_lightning.pipeline.evaluation import evaluate_finished_run
 from ekd_lightning.runs.collection import collect
 from ekd_lightning.runs.directory import RunDirectory
 from ekd_lightning.runs.writer import RunWriter
-from ekd_lightning.settings import is_free
 from ekd_lightning.studies.comparison import report
 from ekd_lightning.studies.planning import plan
 from ekd_lightning.studies.rows import read_tuned, with_tuned

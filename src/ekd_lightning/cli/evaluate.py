@@ -16,10 +16,11 @@ from ekd_lightning.config.config import recorded_settings
 from ekd_lightning.config.edge import make_parser, parse_names, run_command
 from ekd_lightning.config.output import print_table
 from ekd_lightning.errors import UserError
+from ekd_lightning.keys import is_location, keys_where
 from ekd_lightning.progress import importing, phase, session
 from ekd_lightning.runs.collection import finished_runs
 from ekd_lightning.runs.writer import RunWriter
-from ekd_lightning.settings import EVALUATION_PARTS, EvaluationSettings, is_location, keys_where
+from ekd_lightning.settings import EVALUATION_PARTS, EvaluationSettings
 from ekd_lightning.studies.sweep import sweep_of
 
 if TYPE_CHECKING:

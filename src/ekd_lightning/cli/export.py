@@ -15,12 +15,12 @@ from ekd_lightning.config.config import recorded_settings
 from ekd_lightning.config.edge import check_options, make_parser, parse_names, run_command
 from ekd_lightning.config.output import print_table
 from ekd_lightning.errors import UserError, unknown_name
+from ekd_lightning.keys import is_location, keys_where
 from ekd_lightning.progress import phase, session
 from ekd_lightning.roles import COUNT
 from ekd_lightning.runs.directory import RunDirectory, RunState
 from ekd_lightning.runs.lock import check_directory
 from ekd_lightning.runs.result import Result
-from ekd_lightning.settings import is_location, keys_where
 from ekd_lightning.studies.study import STUDY_FILE, read_runs, read_study
 
 if TYPE_CHECKING:

@@ -24,11 +24,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ekd_lightning.config.mistakes import config_error
 from ekd_lightning.errors import STARTED_IN, UserError, load_plugins, unknown_name
+from ekd_lightning.keys import is_path, is_place, keys_where, without_effect
 from ekd_lightning.roles import is_of, name_of_type, what_is_allowed
 from ekd_lightning.runs.directory import CONFIG, RunDirectory
 from ekd_lightning.runs.words import code_of, names_code
 from ekd_lightning.runs.writer import RunWriter
-from ekd_lightning.settings import Settings, is_path, is_place, keys_where, without_effect
+from ekd_lightning.settings import Settings
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback

@@ -29,6 +29,7 @@ from ekd_lightning.config.edge import ending_callback, restored_environment
 from ekd_lightning.config.overrides import config_flags, literal, override
 from ekd_lightning.errors import UserError, reason
 from ekd_lightning.files import DamagedFileError
+from ekd_lightning.roles import check_name
 from ekd_lightning.runs.directory import CONFIG, HYDRA, OVERRIDES, RunDirectory
 from ekd_lightning.runs.lock import (
     DirectoryLock,
@@ -40,7 +41,6 @@ from ekd_lightning.runs.lock import (
     remove_empty,
 )
 from ekd_lightning.runs.writer import RunWriter, is_rank_zero
-from ekd_lightning.settings import check_name
 
 _OUTSIDE_LAUNCHERS = ("LOCAL_RANK", "RANK", "SLURM_PROCID", "TORCHELASTIC_RUN_ID")
 _PATIENCE = timedelta(minutes=5)  # machines of one job start at different times

@@ -21,10 +21,11 @@ from ekd_lightning.config import internals
 from ekd_lightning.config.config import PLACES, TEACHER_PLACES, changes, read_config
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import DamagedFileError
+from ekd_lightning.keys import is_free, is_place, keys_where, may_change_between_parts
 from ekd_lightning.runs.directory import CONFIG, OVERRIDES, RunDirectory
 from ekd_lightning.runs.words import names_code, require_named_code
 from ekd_lightning.runs.writer import RunWriter
-from ekd_lightning.settings import Settings, is_free, is_place, keys_where, may_change_between_parts
+from ekd_lightning.settings import Settings
 
 SWEEP_FILE = "sweep.json"
 """The plan of a sweep, in its folder."""

@@ -11,9 +11,9 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ekd_lightning.keys import is_free
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.protocol import Protocol, Training, comparison_groups
-from ekd_lightning.settings import is_free
 
 _RESULT = {
     "student": "student",

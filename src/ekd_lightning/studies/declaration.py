@@ -14,9 +14,8 @@ from ekd_lightning.config.config import import_user_modules, to_settings
 from ekd_lightning.config.overrides import is_under, key_of
 from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.files import read_yaml
-from ekd_lightning.roles import COUNT, COUNT_OR_NONE, SHARE, check_value, is_of, name_of_type
+from ekd_lightning.roles import COUNT, COUNT_OR_NONE, SHARE, check_name, check_value, is_of, name_of_type
 from ekd_lightning.runs.words import check_words, require_named_code
-from ekd_lightning.settings import check_name
 from ekd_lightning.studies.rows import make_row, match_overrides, match_student, matched_row, with_tuned
 from ekd_lightning.studies.study import MATCHES, Composer, Study, check_row_words, parse_numbers
 

@@ -11,11 +11,11 @@ from ekd_lightning.config.config import changes, read_config, to_plain
 from ekd_lightning.config.mistakes import line_of
 from ekd_lightning.config.overrides import changed_settings, is_under, key_of, names_place, restoring, shell_word
 from ekd_lightning.errors import UserError
+from ekd_lightning.keys import keys_where, may_change_between_parts
 from ekd_lightning.progress import track
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import CONFIG, RunState
 from ekd_lightning.runs.words import names_code
-from ekd_lightning.settings import keys_where, may_change_between_parts
 from ekd_lightning.studies.checking import SEED, composed, differs_by_job, named
 from ekd_lightning.studies.launching import multirun_config
 from ekd_lightning.studies.sweep import Job, JobState, Sweep, varied_keys

@@ -31,13 +31,13 @@ from ekd_lightning.config.overrides import (
     split_config_dir,
 )
 from ekd_lightning.errors import UserError
+from ekd_lightning.keys import may_change_between_parts
 from ekd_lightning.progress import phase, session
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import RunDirectory, RunState
 from ekd_lightning.runs.lock import DirectoryLock, LockedError
 from ekd_lightning.runs.words import check_words, require_named_code
 from ekd_lightning.runs.writer import now
-from ekd_lightning.settings import may_change_between_parts
 from ekd_lightning.studies.checking import JobChecks, refuse_mistakes, refuse_used, without_mistakes
 from ekd_lightning.studies.kept_settings import may_be_added, refuse_changed, settings_are_kept, with_extra
 from ekd_lightning.studies.launching import (

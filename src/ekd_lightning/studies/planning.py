@@ -23,6 +23,7 @@ from ekd_lightning.config.config import (
 from ekd_lightning.config.edge import parse_names
 from ekd_lightning.config.overrides import key_of, may_be_given, override
 from ekd_lightning.errors import UserError, few
+from ekd_lightning.keys import is_free
 from ekd_lightning.progress import track
 from ekd_lightning.reporting.estimates import plural
 from ekd_lightning.reporting.report import kind_of_machine
@@ -30,7 +31,7 @@ from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import CONFIG, RunDirectory, RunState
 from ekd_lightning.runs.words import require_named_code
 from ekd_lightning.runs.writer import provenance
-from ekd_lightning.settings import Settings, is_free
+from ekd_lightning.settings import Settings
 from ekd_lightning.studies.checking import check_job, read_teachers
 from ekd_lightning.studies.cost import remaining_cost, training_cost
 from ekd_lightning.studies.rows import plan_rows, with_tuned

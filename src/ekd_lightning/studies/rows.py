@@ -17,11 +17,11 @@ from ekd_lightning.config.config import to_settings
 from ekd_lightning.config.overrides import is_under, key_of, override
 from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.files import read_yaml
+from ekd_lightning.keys import purpose_of
 from ekd_lightning.reporting.blocks import SUBJECTS
 from ekd_lightning.roles import Role
 from ekd_lightning.runs.protocol import Protocol
 from ekd_lightning.runs.words import check_words
-from ekd_lightning.settings import purpose_of
 from ekd_lightning.studies.study import Composer, RowPlan, Study, check_row_words
 
 if TYPE_CHECKING:

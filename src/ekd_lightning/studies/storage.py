@@ -23,7 +23,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from ekd_lightning.config.config import changes
 from ekd_lightning.errors import UserError, one_line
 from ekd_lightning.files import DamagedFileError, UnwritableFileError, read_json, write_json
-from ekd_lightning.settings import is_free
+from ekd_lightning.keys import is_free
 
 DESCRIPTION = "search.json"
 _EARLIER_DESCRIPTION = "study.json"  # of versions up to 0.1
