@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -185,10 +186,10 @@ def test_a_run_ends_with_a_table_and_commands_that_can_be_pasted(run, monkeypatc
 
 def test_the_last_epoch_is_validated_whatever_the_interval(train, tmp_path):
     """Accuracy on the validation images is that of the weights that are tested, as without an interval."""
-    words = ("method=ce", "recipe.epochs=3", "data.val_fraction=0.25")
+    words = ("method=ce", "recipe.epochs=5", "data.val_fraction=0.25")
     often, seldom = (
         train(tmp_path / "often", *words),
-        train(tmp_path / "seldom", *words, "trainer.check_val_every_n_epoch=2"),
+        train(tmp_path / "seldom", *words, "trainer.check_val_every_n_epoch=3"),
     )
     assert seldom.code == 0, seldom.err
     assert seldom.result["student_sha256"] == often.result["student_sha256"]
@@ -196,4 +197,6 @@ def test_the_last_epoch_is_validated_whatever_the_interval(train, tmp_path):
         assert seldom.result[name] == often.result[name]
     with (tmp_path / "seldom/metrics.csv").open() as file:
         validated = [row["epoch"] for row in csv.DictReader(file) if row["val/nll"]]
-    assert validated == ["1.0", "2.0"]
+    assert validated == ["2.0", "4.0"]
+    lines = re.findall(r"epoch \d/5 .*", (tmp_path / "seldom/train.log").read_text())
+    assert ["val/accuracy" in line for line in lines] == [False, False, True, False, True]  # the fourth repeats none

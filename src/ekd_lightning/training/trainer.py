@@ -158,6 +158,7 @@ class EpochReport(Callback):
         self.extra_epochs = 0
         self._since = 0.0
         self._epoch_seconds = 0.0
+        self._validated = False
 
     def state_dict(self) -> dict[str, Any]:
         """Returns time and images so far."""
@@ -180,6 +181,7 @@ class EpochReport(Callback):
         """Starts the clock."""
         self.task.note = self._epoch(trainer)
         self._epoch_seconds = 0.0
+        self._validated = False
         self._since = time.perf_counter()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -188,6 +190,7 @@ class EpochReport(Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restarts the clock after a validation."""
+        self._validated = True
         self._since = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -216,7 +219,7 @@ class EpochReport(Callback):
 
     def _line(self, trainer: pl.Trainer, means: Mapping[str, Tensor]) -> str:
         parts = [f"{name} {_digits(float(means[name]))}" for name in ("loss", "accuracy") if name in means]
-        if BEST_METRIC in trainer.callback_metrics:
+        if self._validated and BEST_METRIC in trainer.callback_metrics:  # which keep those of an earlier epoch
             parts.append(f"{BEST_METRIC} {float(trainer.callback_metrics[BEST_METRIC]):.4f}")
         parts.append(f"{self._epoch_images / max(self._epoch_seconds, 1e-9):,.0f} images/s")
         return "  ".join(parts)
