@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ekd_lightning import progress
-from ekd_lightning.progress import Session, Task, _Pace, importing, part, phase, session, status_line, track
+from ekd_lightning import progress, progress_lines
+from ekd_lightning.progress import Session, Task, _Pace, importing, part, phase, session, track
+from ekd_lightning.progress_lines import Lines, status_line
 
 
 @pytest.fixture
@@ -168,13 +169,13 @@ def test_a_line_says_phase_part_and_time(clock):
 
 def test_lines_come_where_nothing_else_is_said_for_a_while(caplog, monkeypatch):
     for name in ("_FIRST_SECONDS", "_QUIET_SECONDS", "_POLL_SECONDS"):
-        monkeypatch.setattr(progress, name, 0.001)
-    heard = progress.threading.Event()
-    monkeypatch.setattr(progress.log, "info", lambda *words, **_: (progress.log.log(logging.INFO, *words), heard.set()))
-    with caplog.at_level(logging.INFO), progress.reported_by(progress.Lines()), session("export"), phase("export", 3):
+        monkeypatch.setattr(progress_lines, name, 0.001)
+    heard, log = progress_lines.threading.Event(), progress_lines.log
+    monkeypatch.setattr(log, "info", lambda *words, **_: (log.log(logging.INFO, *words), heard.set()))
+    with caplog.at_level(logging.INFO), progress.reported_by(Lines()), session("export"), phase("export", 3):
         assert heard.wait(60)
     assert caplog.messages[0].startswith("export: 0 of 3 (")
-    assert not any(isinstance(handler, progress._LastLine) for handler in logging.getLogger().handlers)
+    assert not any(isinstance(handler, progress_lines._LastLine) for handler in logging.getLogger().handlers)
 
 
 def test_what_an_earlier_process_did_says_nothing_about_the_pace(clock):
@@ -208,8 +209,8 @@ def test_a_phase_that_contains_the_others_tells_the_time_left_and_none_counts_tw
 
 
 def test_lines_come_ever_more_rarely_while_nothing_changes(clock, monkeypatch):
-    said, lines = [], progress.Lines()
-    monkeypatch.setattr(progress.log, "info", lambda *_, **__: said.append(clock.now))
+    said, lines = [], Lines()
+    monkeypatch.setattr(progress_lines.log, "info", lambda *_, **__: said.append(clock.now))
     shown = Session(["training"], live=True, keep=True)
     lines._last_line.time = clock.now
     shown.stack.append(shown.phases["training"])
@@ -225,7 +226,7 @@ def test_lines_come_ever_more_rarely_while_nothing_changes(clock, monkeypatch):
 
 def test_warnings_reach_pythons_last_resort_where_logging_is_left_alone(monkeypatch, capsys):
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
-    with progress.reported_by(progress.Lines()), session("data"):
+    with progress.reported_by(Lines()), session("data"):
         logging.getLogger("test_progress").warning("mind this")
     assert capsys.readouterr().err == "mind this\n"
 

@@ -44,6 +44,7 @@ from ekd_lightning.config.overrides import (
     shell_word,
 )
 from ekd_lightning.errors import UserError, users_line
+from ekd_lightning.progress_lines import Lines
 from ekd_lightning.runs.directory import RunDirectory, RunState
 from ekd_lightning.runs.lock import LockedError, lock_ahead, release_ahead
 from ekd_lightning.runs.result import Result
@@ -195,7 +196,7 @@ def train(cfg: DictConfig, output: JobOutput) -> float | None:
     own_bar = any("Progress" in name for name in named)
     live = settings.trainer.get("enable_progress_bar") is None and not own_bar
     # A process that a launcher started has no reporter yet.
-    shown = contextlib.nullcontext() if progress.is_reported() else progress.reported_by(progress.Lines())
+    shown = contextlib.nullcontext() if progress.is_reported() else progress.reported_by(Lines())
     with shown, progress.session(*progress.RUN_PHASES, live=live, keep=sweep is None):
         with progress.phase("data"), progress.importing("PyTorch and Lightning"):
             from ekd_lightning.pipeline.run import run  # noqa: PLC0415 (slow; --help and --cfg need none)

@@ -33,7 +33,7 @@ _SHOWN_LOGGERS = (
     "ekd_lightning.studies.rows",
     "ekd_lightning.studies.search",
     "ekd_lightning.training.pool",
-    "ekd_lightning.progress",
+    "ekd_lightning.progress_lines",
 )
 
 

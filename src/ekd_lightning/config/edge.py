@@ -20,7 +20,8 @@ from hydra.types import RunMode
 
 from ekd_lightning.config.mistakes import line_of
 from ekd_lightning.errors import STARTED_IN, UserError, unknown_name
-from ekd_lightning.progress import Lines, Reporter, Session, reported_by
+from ekd_lightning.progress import Reporter, Session, reported_by
+from ekd_lightning.progress_lines import Lines
 from ekd_lightning.roles import check_value
 from ekd_lightning.runs.writer import is_rank_zero
 
@@ -178,7 +179,7 @@ def _shown() -> Iterator[None]:
 
 
 _LEVELS = {
-    "ekd_lightning.progress": logging.INFO,  # even in commands that log warnings only
+    "ekd_lightning.progress_lines": logging.INFO,  # even in commands that log warnings only
     "pytorch_lightning.utilities.rank_zero": logging.WARNING,
     "lightning.pytorch.utilities.rank_zero": logging.WARNING,
     "hydra_plugins": logging.WARNING,  # the sweep's own lines name its jobs
