@@ -90,15 +90,14 @@ def prepare(settings: Settings, accelerator: str, curves: TeacherCurves | None =
     """
     check_settings(settings)
     needs = needs_teachers(settings.method.terms)
-    data = settings.data
     dataset, subset, views = prepare_data(settings)
-    unlabelled = open_unlabelled(data, dataset, subset)
+    unlabelled = open_unlabelled(settings.data, dataset, subset)
     datamodule = ImageDataModule(
         dataset,
         subset,
         views,
         batch_size=settings.recipe.batch_size,
-        eval_batch_size=data.eval_batch_size,
+        eval_batch_size=settings.data.eval_batch_size,
         seed=settings.seed,
         mixing=Mixing(settings.recipe.mixup, settings.recipe.cutmix),
         unlabelled=unlabelled,
@@ -107,16 +106,14 @@ def prepare(settings: Settings, accelerator: str, curves: TeacherCurves | None =
     plans = plan_teachers(settings.teachers, teacher_data, accelerator) if needs else []
     student = build_student(settings, dataset, plans[:1] if settings.method.teacher == "first" else plans)
     candidates = _candidates(settings, plans, subset)
-    chain = None
-    if settings.method.assistants:
-        chain = plan_chain(settings, dataset, subset, views, plans, student, accelerator, curves)
+    assisted = bool(settings.method.assistants)
+    chain = plan_chain(settings, dataset, subset, views, plans, student, accelerator, curves) if assisted else None
     # The widest candidate comes last, so that its tables, the largest, are planned.
     order = sorted(candidates, key=lambda plan: build_network(plan.spec).num_features)
     possible = [[chain.last()]] if chain else [[plan] for plan in order] or [plans]
     for taught_by in possible:
         method = _build_method(settings, dataset, subset, student, taught_by)
-    if unlabelled is not None:
-        _log_unlabelled(settings, datamodule)
+    _log_unlabelled(settings, datamodule)
     source = plan_source(settings, dataset, subset, views, taught_by, method, unlabelled) if needs else SourcePlan()
     return Prepared(dataset, subset, views, datamodule, student, method, taught_by, source, candidates, chain=chain)
 
@@ -135,20 +132,18 @@ def check_settings(settings: Settings) -> None:
             f"data.unlabelled={settings.data.unlabelled}: has no effect, as all terms of the method "
             f"{settings.method.name!r} need labels"
         )
-    entries = []
-    if needs_teachers(settings.method.terms):
-        if settings.teachers.count == 0:
-            raise UserError(f"teachers.count=0: the method {settings.method.name!r} needs teachers")
-        entries = [settings.teachers.entry(m) for m in range(len(settings.teachers.pool))]
-    trained = {f"teachers.pool[{m}].train": entry.train for m, entry in enumerate(entries) if entry.train}
-    for key, name in {"student.network": settings.student.network, **trained}.items():
+    needs, built = needs_teachers(settings.method.terms), {"student.network": settings.student.network}
+    if needs and settings.teachers.count == 0:
+        raise UserError(f"teachers.count=0: the method {settings.method.name!r} needs teachers")
+    entries = [settings.teachers.entry(m) for m in range(len(settings.teachers.pool) if needs else 0)]
+    built |= {f"teachers.pool[{m}].train": entry.train for m, entry in enumerate(entries) if entry.train}
+    for key, name in built.items():
         try:
             require_network(name)
         except UserError as error:
             raise UserError(f"{key}: {error}") from None
-    for entry in entries:
-        if entry.zoo:
-            zoo()[entry.zoo]  # raises for an unknown name
+    for name in (entry.zoo for entry in entries if entry.zoo):
+        zoo()[name]  # raises for an unknown name
     with quiet():  # `prepare` reports settings without effect
         _make_views(settings.data, settings.data.padding or 0)
 
@@ -170,11 +165,7 @@ def _log_unlabelled(settings: Settings, data: ImageDataModule) -> None:
 
 
 def with_teachers(settings: Settings, prepared: Prepared, plans: list[PlannedTeacher]) -> Prepared:
-    """Returns the same run with other teachers, and with the method built for them, which they must fit.
-
-    Raises:
-        UserError: If the method does not fit the teachers.
-    """
+    """Returns the same run with other teachers and the method for them; a `UserError` if it does not fit them."""
     if prepared.chain is not None:  # the method depends only on the last assistant, which stays the same
         chain = prepared.chain.taught_by(plans)
         return replace(prepared, teachers=[chain.last()], chain=chain)
@@ -184,32 +175,27 @@ def with_teachers(settings: Settings, prepared: Prepared, plans: list[PlannedTea
 
 def _candidates(settings: Settings, plans: list[PlannedTeacher], subset: Subset) -> tuple[PlannedTeacher, ...]:
     """Returns the teachers among which `method.teacher=best` has to choose; shortens `plans` to one for `first`."""
-    choice = settings.method.teacher
+    choice, assignment = settings.method.teacher, settings.method.assignment
     if choice is not None and not plans:
         warnings.warn(f"method.teacher={choice} has no effect: the method needs no teachers", stacklevel=3)
     elif choice is not None and _chosen(settings) is None:
-        warnings.warn(
-            f"method.teacher=mean has no effect with method.assignment={settings.method.assignment}", stacklevel=3
-        )
+        warnings.warn(f"method.teacher=mean has no effect with method.assignment={assignment}", stacklevel=3)
     if choice == "first":
         del plans[1:]
     if choice != "best" or len(plans) < 2:
         return ()
     if not len(subset.val_index):
         raise UserError("method.teacher=best needs validation images: set data.val_fraction, or method.teacher=first")
-    for plan in plans:
-        if len(plan.unknown) == plan.spec.num_classes:
-            raise UserError(
-                f"method.teacher=best compares accuracies, but {plan.id!r} predicts no class of the data: set "
-                "method.teacher=first"
-            )
+    if mute := [plan.id for plan in plans if len(plan.unknown) == plan.spec.num_classes]:
+        why = f"method.teacher=best compares accuracies, but {mute[0]!r} predicts no class of the data"
+        raise UserError(f"{why}: set method.teacher=first")
     return tuple(plans)
 
 
 def _chosen(settings: Settings) -> str | None:
     """Returns `method.teacher`; None where an assignment stands in place of the mean."""
-    method = settings.method
-    return None if method.teacher == "mean" and method.assignment is not None else method.teacher
+    choice = settings.method.teacher
+    return None if choice == "mean" and settings.method.assignment is not None else choice
 
 
 def prepare_data(settings: Settings) -> tuple[Dataset, Subset, ViewFamily]:
@@ -284,11 +270,9 @@ def build_student(
             raise UserError(f"student.reuse_classifier=true: the method {settings.method.name!r} {why}")
         with quiet():
             networks = [build_network(plan.spec) for plan in teachers]
-        for plan in teachers:
-            if plan.unknown:
-                raise UserError(
-                    f"student.reuse_classifier=true: the teacher {plan.id!r} does not know all classes of the data"
-                )
+        if partly := [plan.id for plan in teachers if plan.unknown]:
+            what = f"the teacher {partly[0]!r} does not know all classes of the data"
+            raise UserError(f"student.reuse_classifier=true: {what}")
         width = classifier_width(networks, [plan.id for plan in teachers], dataset.num_classes)
         spec = replace(spec, projection=width)
     torch.manual_seed(settings.seed)
