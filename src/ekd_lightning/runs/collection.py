@@ -6,9 +6,10 @@ half-written files are left out, each with one warning.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
@@ -86,10 +87,9 @@ class RunEntry:
     @property
     def since(self) -> datetime | None:
         """When the run, or its last part, was started; None if unknown."""
-        try:
+        with contextlib.suppress(DamagedFileError):
             return self.on_disk.started()
-        except DamagedFileError:
-            return None
+        return None
 
     @property
     def seconds(self) -> float | None:
@@ -103,12 +103,16 @@ class RunEntry:
     @cached_property
     def config(self) -> Mapping[str, Any]:
         """The configuration, read on first use; empty if missing or damaged."""
-        return _undamaged(self.on_disk.config)
+        with contextlib.suppress(DamagedFileError):
+            return self.on_disk.config()
+        return {}
 
     @cached_property
     def provenance(self) -> Mapping[str, Any]:
         """The provenance, read on first use; empty if missing or damaged."""
-        return _undamaged(self.on_disk.provenance)
+        with contextlib.suppress(DamagedFileError):
+            return self.on_disk.provenance()
+        return {}
 
     def setting(self, key: str) -> Any:
         """Returns a value of the configuration by its dotted key; None if it is absent."""
@@ -122,13 +126,6 @@ class RunEntry:
         if self.result is not None:
             return self.result.get(key)
         return self.setting(_IN_CONFIG[key]) if key in _IN_CONFIG else None
-
-
-def _undamaged(read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    try:
-        return read()
-    except DamagedFileError:
-        return {}
 
 
 _IN_CONFIG = {
@@ -162,17 +159,15 @@ class Collection:
 def collect(paths: Sequence[Path]) -> Collection:
     """Finds all runs at or below the given paths, in any state; a run that is reached twice counts once.
 
-    Args:
-        paths: Run directories, folders of runs at any depth (a sweep, a study, several of them), result.json files, or
-            .jsonl files of records.
+    Paths are run directories, folders of runs at any depth (a sweep, a study, several of them), result.json files, or
+    .jsonl files of records.
 
     Raises:
         UserError: If a path does not exist or is none of these, or no run is found.
     """
-    records = [path for path in paths if path.suffix == RECORDS]
     recorded: list[RunEntry] = []
-    for path in records:
-        recorded += read_records(path, recorded)
+    for path in paths:
+        recorded += read_records(path, recorded) if path.suffix == RECORDS else []
     tops = list(dict.fromkeys(_folder(path) for path in paths if path.suffix != RECORDS))
     found = sorted({directory for top in tops for directory in _walk(top)})
     if recorded and not found:
@@ -182,10 +177,7 @@ def collect(paths: Sequence[Path]) -> Collection:
     parents = {top.parent if top in found else top for top in tops}
     root = Path(os.path.commonpath(parents))
     problems: list[str] = []
-    entries = [
-        _read(directory, directory.relative_to(root).as_posix(), problems)
-        for directory in track(found, "reading", "runs")
-    ]
+    entries = [_read(place, place.relative_to(root).as_posix(), problems) for place in track(found, "reading", "runs")]
     runs = (*(entry for entry in entries if entry is not None), *recorded)
     if not runs:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -271,8 +263,7 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 def finished_runs(places: Sequence[Path]) -> tuple[list[Path], list[str]]:
     """Finds finished runs: the given run directories, and all runs below the given folders that are done.
 
-    Returns:
-        Their directories, and a line for each folder with runs that were left out.
+    Returns their directories, and a line for each folder with runs that were left out.
 
     Raises:
         UserError: If a path does not exist, or has no run that is done.
@@ -301,10 +292,9 @@ def finished_runs(places: Sequence[Path]) -> tuple[list[Path], list[str]]:
 
 
 def _is_done(directory: Path) -> bool:
-    try:
+    with contextlib.suppress(UserError):
         return RunDirectory(directory).record().state is RunState.DONE
-    except UserError:
-        return False
+    return False
 
 
 def _folder(path: Path) -> Path:
@@ -337,10 +327,9 @@ def _was_composed(folder: Path) -> bool:
 
 def _text(path: Path) -> str:
     """The lines of a file, each after a line break; empty if it cannot be read."""
-    try:
+    with contextlib.suppress(OSError, UnicodeDecodeError):
         return f"\n{path.read_text()}"
-    except (OSError, UnicodeDecodeError):
-        return ""
+    return ""
 
 
 def _read(directory: Path, name: str, problems: list[str]) -> RunEntry | None:

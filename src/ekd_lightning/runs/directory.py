@@ -82,7 +82,10 @@ class Record(NamedTuple):
 
 
 class RunDirectory:
-    """One run on disk, to read; the directory need not exist. `RunWriter` writes."""
+    """One run on disk, to read; the directory need not exist. `RunWriter` writes.
+
+    To read a damaged or half-written file raises a `DamagedFileError` that names it.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -119,11 +122,7 @@ class RunDirectory:
         return None
 
     def require_own(self, path: Path, run: str | None) -> None:
-        """Checks that the id in one of its files, if there is one, is that of this run.
-
-        Raises:
-            DamagedFileError: Naming the file.
-        """
+        """Checks that the id in one of its files, if there is one, is that of this run."""
         try:
             record = self.provenance()
         except DamagedFileError:  # reported where it is needed
@@ -145,7 +144,12 @@ class RunDirectory:
             DamagedFileError: If status.json is damaged or half-written.
             ForeignRecordError: If a file is no record of this package, or one of another version.
         """
-        return Record(RunState.RUNNING, time=self._time()) if self.is_held() else self.recorded()
+        if not self.is_held():
+            return self.recorded()
+        time = None
+        with contextlib.suppress(UserError):
+            time = (self._read(STATUS) or {}).get("time")
+        return Record(RunState.RUNNING, time=time)
 
     def recorded(self) -> Record:
         """Returns the state according to the files alone, for the holder of the lock; raises like `record`."""
@@ -174,12 +178,6 @@ class RunDirectory:
             return Record(RunState.FAILED, error=error, time=time)
         return Record(RunState.PARTIAL if result.partial else RunState.DONE, result, time=time)
 
-    def _time(self) -> str | None:
-        try:
-            return (self._read(STATUS) or {}).get("time")
-        except UserError:
-            return None
-
     def started(self) -> datetime | None:
         """Returns when the run, or its last part, was started; None if unknown."""
         first = self.provenance()
@@ -192,7 +190,6 @@ class RunDirectory:
         """Reads result.json, whatever status.json says.
 
         Raises:
-            DamagedFileError: If it is damaged or half-written.
             ForeignRecordError: If it is no result of this package, or one of another version.
             FileNotFoundError: If there is none.
         """
@@ -214,13 +211,13 @@ class RunDirectory:
             UserError: If the run is not done, or a file of its record is missing, damaged or foreign.
         """
         found = self.record()
-        if found.result is None and (found.error or "").startswith(f"{RESULT}: "):
+        if found.result is not None:
+            return found.result
+        if (found.error or "").startswith(f"{RESULT}: "):
             raise DamagedFileError(f"{self.path}/{found.error}")
-        if found.result is None:
-            why = f" ({found.error})" if found.error else ""
-            again = "; ekd-train resume=DIR continues it" if found.state is RunState.STOPPED else ""
-            raise UserError(f"{self.path}: the run is not done, its status is {found.state.value!r}{why}{again}")
-        return found.result
+        why = f" ({found.error})" if found.error else ""
+        again = "; ekd-train resume=DIR continues it" if found.state is RunState.STOPPED else ""
+        raise UserError(f"{self.path}: the run is not done, its status is {found.state.value!r}{why}{again}")
 
     def _read(self, name: str) -> dict[str, Any] | None:
         """Reads one of its records; None without the file."""
@@ -238,13 +235,8 @@ class RunDirectory:
         return self.file(CONFIG) or self.file(f"{HYDRA}/{CONFIG}")
 
     def config(self) -> dict[str, Any]:
-        """The configuration at `config_path`; empty without.
-
-        Raises:
-            DamagedFileError: If it is damaged.
-        """
-        path = self.config_path
-        if path is None:
+        """The configuration at `config_path`; empty without."""
+        if (path := self.config_path) is None:
             return {}
         content = _read_yaml(path, dict, "mapping")
         if path.parent == self.path:
@@ -259,11 +251,7 @@ class RunDirectory:
             raise DamagedFileError(f"{path}: damaged, does not name its run")
 
     def section(self, name: str) -> dict[str, Any]:
-        """A group of the configuration; empty if missing.
-
-        Raises:
-            DamagedFileError: If the configuration is damaged, or the group is not a mapping.
-        """
+        """A group of the configuration; empty if missing."""
         content = self.config().get(name) or {}
         if not isinstance(content, dict):
             raise DamagedFileError(f"{self.config_path}: damaged ({name} is not a mapping)")
@@ -273,22 +261,16 @@ class RunDirectory:
         """The overrides that the run was started with; empty if Hydra recorded none.
 
         Raises:
-            DamagedFileError: If the file is damaged.
-            UserError: If it holds an override that a record may not hold, see `check_words`.
+            UserError: If the file holds an override that a record may not hold, see `check_words`.
         """
-        path = self.file(OVERRIDES)
-        if path is None:
+        if (path := self.file(OVERRIDES)) is None:
             return []
         words = check_words(_read_yaml(path, list, "list"), path)
         self._require_named(path)
         return [word for word in words if not word.startswith("resume=")]
 
     def provenance(self) -> dict[str, Any]:
-        """Returns the run's provenance; empty if there is no file.
-
-        Raises:
-            DamagedFileError: If the file is damaged.
-        """
+        """Returns the run's provenance; empty if there is no file."""
         path = self.path / PROVENANCE
         try:
             content = read_json(path)
@@ -302,11 +284,7 @@ class RunDirectory:
         return content
 
     def arrays(self, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-        """Returns the arrays of arrays.npz, all or those named; empty without the file.
-
-        Raises:
-            DamagedFileError: If it is damaged.
-        """
+        """Returns the arrays of arrays.npz, all or those named; empty without the file."""
         path = self.path / ARRAYS
         try:
             with np.load(io.BytesIO(read_bytes(path)), allow_pickle=False) as file:
@@ -322,11 +300,7 @@ class RunDirectory:
             ) from None
 
     def curves(self) -> bytes | None:
-        """Content of metrics.csv; None without the file.
-
-        Raises:
-            DamagedFileError: If it cannot be read, or differs from its checksum.
-        """
+        """Content of metrics.csv, which must fit its checksum; None without the file."""
         path, known = self.path / CURVES, None
         with contextlib.suppress(FileNotFoundError):
             known = read_json(self.path / CURVES_SUM).get("sha256")
