@@ -89,7 +89,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run_compare(args: argparse.Namespace) -> bool:
-    """Runs what is missing, then reports; returns whether all runs that are asked for are done.
+    """Runs what is missing, then reports.
+
+    Returns:
+        Whether all runs that are asked for are done.
 
     Raises:
         UserError: For a user's mistake, before anything runs; or for runs that cannot be compared.
@@ -173,7 +176,11 @@ def _places(args: argparse.Namespace, declared: Declared | None) -> dict[Path, P
 
 
 def _plan(args: argparse.Namespace, declared: Declared | None, common: tuple[str, ...], composer: Composer) -> Planned:
-    """Writes each study.json, logs a declared study's cost; returns study, wanted part and remaining jobs by folder."""
+    """Writes each study.json and logs a declared study's cost.
+
+    Returns:
+        By folder: its study, the part of it that the command asks for, and the remaining jobs of that part.
+    """
     from ekd_lightning.studies import cost, declaration, planning  # noqa: PLC0415 (slow; --help needs none)
     from ekd_lightning.studies.launching import working_in  # noqa: PLC0415
 

@@ -70,7 +70,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run_evaluate(args: argparse.Namespace) -> bool:
-    """Evaluates every run, and prints a table; returns whether every run has all requested parts now.
+    """Evaluates every run and prints a table of the results.
+
+    Returns:
+        Whether every run has all requested parts now.
 
     Raises:
         UserError: For a user's mistake, before anything is evaluated.

@@ -72,7 +72,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run_export(args: argparse.Namespace) -> bool:
-    """Exports the student and prints the checks of its files; returns whether all passed, and removes a failed one.
+    """Exports the student and prints the checks of its files.
+
+    Returns:
+        Whether all files passed their checks; a file that failed is removed.
 
     Raises:
         UserError: For a user's mistake, before anything is written.
@@ -103,7 +106,10 @@ def run_export(args: argparse.Namespace) -> bool:
 def _export_study(args: argparse.Namespace) -> bool:
     """Exports the student of each row of a study, of its lowest finished seed, and prints a table of them.
 
-    A row that cannot be exported does not stop the others. Returns whether all rows were exported.
+    A row that cannot be exported does not stop the others.
+
+    Returns:
+        Whether all rows were exported.
     """
     if args.push:
         raise UserError(f"--push: uploads one student, and {args.run} is a study; name one of its runs")

@@ -174,10 +174,13 @@ def train_in_sweep(cfg: DictConfig, output: JobOutput) -> float | None:
 
 
 def train(cfg: DictConfig, output: JobOutput) -> float | None:
-    """Runs one job; returns the field of result.json that `metric` names, for sweepers.
+    """Runs one job.
 
-    Reads these keys of the configuration: all fields of `Settings`. The run's directory and whether it is part of a
-    sweep come from Hydra.
+    Reads these keys of the configuration: all fields of `Settings`. The run's directory and whether it is part
+    of a sweep come from Hydra.
+
+    Returns:
+        The field of result.json that `metric` names, for sweepers.
 
     Raises:
         UserError: For a user's mistake, before anything is written; or for a loss that is not finite.

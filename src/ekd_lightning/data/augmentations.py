@@ -69,7 +69,10 @@ def register_augmentation(name: str) -> Callable[[AugmentationClass], Augmentati
 
 
 def build_augmentation(name: str, options: Mapping[str, Any]) -> tuple[Augmentation, str]:
-    """Builds an augmentation by name; returns it, and a key of its name and all options, defaults included.
+    """Builds an augmentation by name; options that are not given have their defaults.
+
+    Returns:
+        The augmentation, and a key of its name and all options.
 
     Raises:
         UserError: For an unknown name or option, a required option that is missing, or a value that is not allowed.

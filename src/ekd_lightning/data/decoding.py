@@ -199,12 +199,15 @@ def _reason(error: Exception) -> str:
 def cached_images(
     folder: Path, key: Mapping[str, Any], build: Callable[[Path], dict[str, Any]]
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Returns images uint8 [N, 3, H, W], memory-mapped, from a folder, and facts on them; builds what is missing.
+    """Returns the images of a key from a folder, and builds them if they are missing.
 
     Args:
         folder: The folder of the cache; created if missing.
         key: Everything that determines the images, JSON-able.
         build: Writes uint8 [N, 3, H, W] to a file and returns JSON-able facts about the images, including `shape`.
+
+    Returns:
+        The images, uint8 [N, 3, H, W], memory-mapped and read-only; and the facts.
 
     Raises:
         UserError: If the folder cannot be written, and as `build` raises.

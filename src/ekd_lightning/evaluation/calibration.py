@@ -54,7 +54,12 @@ class ProbabilityScores(NamedTuple):
 
 
 def score_probabilities(logits: Tensor, labels: Tensor) -> ProbabilityScores:
-    """Computes all `ProbabilityScores` of logits [N, C], or log-probabilities, with labels int64 [N], N >= 1."""
+    """Computes all scores of `ProbabilityScores`.
+
+    Args:
+        logits: [N, C], N >= 1; log-probabilities are logits too.
+        labels: int64 [N].
+    """
     log_probs = logits.double().log_softmax(-1)
     probs = log_probs.exp()
     diagram = reliability(probs, labels)
@@ -70,7 +75,10 @@ def score_probabilities(logits: Tensor, labels: Tensor) -> ProbabilityScores:
 def reliability(probs: Tensor, labels: Tensor, num_bins: int = NUM_BINS) -> Reliability:
     """Accuracy and confidence in equal bins (lo, hi] of the largest probability (Guo et al. 2017).
 
-    `probs` are [N, C], rows summing to 1; `labels` are int64 [N].
+    Args:
+        probs: [N, C], rows summing to 1.
+        labels: int64 [N].
+        num_bins: B >= 1.
     """
     confidence, hit = _confidence_and_hits(probs, labels)
     # Inner edges only, so that a confidence rounded above 1 stays in the last bin; "left" gives (lo, hi].
@@ -99,10 +107,17 @@ def overconfidence(diagram: Reliability) -> float:
 def adaptive_calibration_error(probs: Tensor, labels: Tensor, num_bins: int = NUM_BINS) -> float:
     """Calibration error over bins of equal numbers of images (Nguyen and O'Connor 2015).
 
-    Σ_b n_b/N |accuracy_b - confidence_b|, in [0, 1], of probabilities [N, C] and labels int64 [N]. Images are sorted by
-    confidence and cut into `num_bins` bins whose sizes differ by one at most; fewer images have a bin each. As images
-    of equal confidence may fall into two bins, each of them counts with their common accuracy, and the result does not
-    depend on the order of the images.
+    Images are sorted by confidence and cut into `num_bins` bins whose sizes differ by one at most. As images of equal
+    confidence may fall into two bins, each of them counts with their common accuracy, and the result does not depend on
+    the order of the images.
+
+    Args:
+        probs: [N, C], rows summing to 1.
+        labels: int64 [N].
+        num_bins: Number of bins; with fewer images, one bin per image.
+
+    Returns:
+        Σ_b n_b/N |accuracy_b - confidence_b|, in [0, 1].
     """
     confidence, hit = _confidence_and_hits(probs, labels)
     values, position, counts = np.unique(confidence, return_inverse=True, return_counts=True)
@@ -115,9 +130,15 @@ def adaptive_calibration_error(probs: Tensor, labels: Tensor, num_bins: int = NU
 def fit_temperature(logits: Tensor, labels: Tensor) -> float | None:
     """Fits the temperature T that minimises the negative log-likelihood of softmax(logits / T) (Guo et al. 2017).
 
-    Logits [N, C] and labels int64 [N] are of images that the network was not trained on. The negative log-likelihood is
-    convex in 1/T, so a bounded scalar search finds the minimum. Returns T > 0; 1.0 if it has no effect. None without
-    images, and if the minimum is at an edge of `TEMPERATURES` (all images right: T → 0; worse than guessing: T → ∞).
+    The negative log-likelihood is convex in 1/T, so a bounded scalar search finds the minimum.
+
+    Args:
+        logits: [N, C] of images that the network was not trained on.
+        labels: int64 [N].
+
+    Returns:
+        T > 0; 1.0 if T has no effect. None without images, and if the minimum is at an edge of `TEMPERATURES` (all
+        images right: T → 0; worse than guessing: T → ∞).
     """
     if len(labels) == 0:
         return None

@@ -62,10 +62,17 @@ class Spread(NamedTuple):
 
 
 def diversity(member_logits: Tensor, labels: Tensor) -> Diversity:
-    """Measures the diversity of an ensemble's members, by logits [K, N, C], N >= 1, and labels int64 [N].
+    """Measures the diversity of the members of an ensemble.
 
     Measures of correctness follow Kuncheva and Whitaker 2003, Measures of Diversity in Classifier Ensembles; the others
-    are defined in `Diversity`. With one member, all except the oracle accuracy are None.
+    are defined in `Diversity`.
+
+    Args:
+        member_logits: [K, N, C], N >= 1.
+        labels: int64 [N].
+
+    Returns:
+        The measures; with one member, all except the oracle accuracy are None.
     """
     hits = (member_logits.argmax(-1) == labels).double()
     oracle = float(hits.amax(0).mean())
@@ -94,9 +101,11 @@ def diversity(member_logits: Tensor, labels: Tensor) -> Diversity:
 
 
 def spread_over_runs(probs: np.ndarray, labels: np.ndarray) -> Spread:
-    """Measures the spread of R >= 2 runs that differ only in the seed.
+    """Measures the spread of runs that differ only in the seed.
 
-    Takes their probabilities [R, N, C], e.g. `ensemble_probs` of their arrays files, and the labels int [N].
+    Args:
+        probs: [R, N, C], probabilities of R >= 2 runs for the same images, e.g. `ensemble_probs` of their arrays files.
+        labels: int [N], the images' labels.
 
     Raises:
         ValueError: For fewer than two runs, or shapes that do not fit.
@@ -142,8 +151,12 @@ def cka_matrix(first: Sequence[Tensor], second: Sequence[Tensor]) -> np.ndarray:
     ‖YᵀX‖²_F / (‖XᵀX‖_F ‖YᵀY‖_F) with the columns of X and Y centred: invariant to rotation and scaling of X and of Y,
     and 1 if one is a rotation of the other.
 
-    `first` (X) and `second` (Y) are features of the same N images, each [N, D] with its own D. Returns float64
-    [len(first), len(second)] in [0, 1]; NaN where features do not vary over the images.
+    Args:
+        first: Features X of the same N images, each [N, D] with its own D.
+        second: Features Y of these images, each [N, D] with its own D.
+
+    Returns:
+        float64 [len(first), len(second)] in [0, 1]; NaN where features do not vary over the images.
     """
     rows, columns = ([_centred(features) for features in side] for side in (first, second))
     scales = [[float(torch.linalg.matrix_norm(x.T @ x)) for x in side] for side in (rows, columns)]
@@ -156,23 +169,40 @@ def cka_matrix(first: Sequence[Tensor], second: Sequence[Tensor]) -> np.ndarray:
 
 
 def agreement_matrix(first: Tensor, second: Tensor) -> np.ndarray:
-    """Share of images on which members predict the same class, float64 [K, M]; classes are int [K, N] and [M, N]."""
+    """Share of images on which two members predict the same class.
+
+    Args:
+        first: Predicted classes, int [K, N].
+        second: Predicted classes, int [M, N].
+
+    Returns:
+        float64 [K, M] in [0, 1].
+    """
     return (first[:, None] == second).double().mean(-1).numpy()
 
 
 def kl_matrix(student_logits: Tensor, teacher_logits: Tensor) -> np.ndarray:
     """Mean KL(p_teacher ‖ p_branch) at temperature 1 for every branch and teacher (Stanton et al. 2021).
 
-    Float64 [K, M] in nats, from logits [K, N, C] and [M, N, C].
+    Args:
+        student_logits: [K, N, C].
+        teacher_logits: [M, N, C].
+
+    Returns:
+        float64 [K, M], nats.
     """
     students, teachers = (logits.double().log_softmax(-1) for logits in (student_logits, teacher_logits))
     return np.array([[float((t.exp() * (t - s)).sum(-1).mean()) for t in teachers] for s in students])
 
 
 def own_teachers(assignment: Tensor) -> list[int | None]:
-    """Returns each branch's own teacher: the one with the largest weight in its row of the assignment [K, M].
+    """Returns each branch's own teacher: the one with the largest weight in its row.
 
-    It is None for a branch with several largest weights, as in the mean of the teachers.
+    Args:
+        assignment: [K, M], rows summing to 1.
+
+    Returns:
+        K positions; None for a branch with several largest weights, as in the mean of the teachers.
     """
     own: list[int | None] = []
     for row in assignment:
@@ -184,14 +214,19 @@ def own_teachers(assignment: Tensor) -> list[int | None]:
 def teacher_margin(similarity: np.ndarray, teachers: Sequence[int | None]) -> float | None:
     """Returns how much more similar branches are to their own teachers than to the others.
 
-    mean_k [ S_k,t(k) - mean over m ≠ t(k) of S_km ], over the branches k with a teacher t(k), of a similarity S [K, M],
-    e.g. from `cka_matrix` or `agreement_matrix`. If every branch learns from its own teacher, the margin is positive;
-    if all branches are alike, its expectation is 0. A teacher that is most similar to all branches affects the margin
-    only if teachers are assigned unevenly. Controls are the margin for another assignment than in training (each
-    branch's neighbour's teacher), and the margin for a nominal assignment of a student whose branches had no own
-    teacher.
+    mean_k [ S_k,t(k) - mean over m ≠ t(k) of S_km ], over the branches k with a teacher t(k). If every branch learns
+    from its own teacher, the margin is positive; if all branches are alike, its expectation is 0. A teacher that is
+    most similar to all branches affects the margin only if teachers are assigned unevenly. Controls are the margin for
+    another assignment than in training (each branch's neighbour's teacher), and the margin for a nominal assignment of
+    a student whose branches had no own teacher.
 
-    None if no branch has a teacher, there are fewer than two teachers, or a required similarity is not finite.
+    Args:
+        similarity: [K, M], e.g. from `cka_matrix` or `agreement_matrix`.
+        teachers: t(k), K positions; None for a branch without its own teacher.
+
+    Returns:
+        The margin, in the unit of `similarity`; None if no branch has a teacher, there are fewer than two teachers, or
+        a required similarity is not finite.
     """
     margins = [
         row[own] - np.delete(row, own).mean()

@@ -49,9 +49,13 @@ class StudentPredictions(NamedTuple):
 def predict(
     network: StagedNetwork, images: ImageSet, *, batch_size: int, device: torch.device | str = "cpu"
 ) -> Predictions:
-    """Computes a network's outputs for N >= 1 images on `device`, where it is, in eval mode; then restores its mode.
+    """Computes a network's outputs for all images, in eval mode.
 
-    `batch_size` affects results only by rounding.
+    Args:
+        network: The network, on `device`; its mode is restored afterwards.
+        images: N >= 1 images.
+        batch_size: Images per forward pass; affects results only by rounding.
+        device: The device to compute on.
     """
     with keeping_modes(network), torch.no_grad():
         network.eval()
@@ -127,9 +131,13 @@ def default_tolerance(reference: Tensor) -> float:
 
 
 def compare_logits(logits: Tensor, reference: Tensor, labels: Tensor, tolerance: float) -> Agreement:
-    """Compares the logits [N, C] of a form with those of the reference; labels are int64 [N].
+    """Compares the logits [N, C] of two forms.
 
-    `tolerance` is the largest |Δlogit| that counts as rounding.
+    Args:
+        logits: Logits of the checked form.
+        reference: Logits of the reference.
+        labels: int64 [N].
+        tolerance: Largest |Δlogit| that counts as rounding.
 
     Raises:
         ValueError: If the shapes differ, or there are no images.
@@ -157,7 +165,13 @@ def compare_logits(logits: Tensor, reference: Tensor, labels: Tensor, tolerance:
 
 @torch.no_grad()
 def predict_logits(model: Callable[[Tensor], Tensor], images: ImageSet, batch_size: int) -> Tensor:
-    """Computes logits, float32 [N, C] on the CPU, of a model of images [B, 3, H, W] in [0, 1] for N >= 1 images."""
+    """Computes a model's logits for all images: float32 [N, C] on the CPU.
+
+    Args:
+        model: Maps float32 images [B, 3, H, W] in [0, 1] to logits [B, C].
+        images: N >= 1 images.
+        batch_size: Images per call.
+    """
     # Contiguous, like the inputs of most callers of a deployed model.
     contiguous = (batch.contiguous() for batch in batches(images, batch_size, "cpu"))
     return torch.cat([model(batch).float().cpu() for batch in contiguous])

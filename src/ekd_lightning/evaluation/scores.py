@@ -191,7 +191,11 @@ class ClassificationScores(Metric):
 def score_batches(
     network: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], num_classes: int, device: torch.device | str
 ) -> dict[str, Any]:
-    """Scores a network in eval mode, as `ClassificationScores`, on batches uint8 [B, 3, H, W] with labels int64 [B]."""
+    """Scores a network, which must be in eval mode, on batches of images uint8 [B, 3, H, W] and labels int64 [B].
+
+    Returns:
+        The scores of `ClassificationScores`.
+    """
     scores = ClassificationScores(num_classes, sync_on_compute=False).to(device)  # one process alone
     for pixels, labels in batches:
         images = to_unit(pixels.to(device)).contiguous(memory_format=torch.channels_last)

@@ -171,7 +171,16 @@ def check_option_names(name: str, options: Mapping[str, Any]) -> None:
 
 
 def build_term(name: str, weight: float, context: TermContext, /, **options: Any) -> Term:
-    """Builds a term by its registered name, with a finite weight >= 0 and the term's own options.
+    """Builds a term by name.
+
+    Args:
+        name: Its registered name.
+        weight: Finite, >= 0.
+        context: The networks' sizes.
+        **options: The term's own options.
+
+    Returns:
+        The term.
 
     Raises:
         UserError: For an unknown name or option, a value that is not allowed, a stage that a network lacks, missing

@@ -103,7 +103,11 @@ class Gate(nn.Module):
 
     @torch.no_grad()
     def keep(self, kept: Sequence[int]) -> None:
-        """Drops all branches but those at the positions `kept`, in the new order; their scores do not change."""
+        """Drops all branches except `kept`, whose scores do not change.
+
+        Args:
+            kept: Positions of the branches to keep, 0 .. K-1, in the new order.
+        """
         self.fc.out_features = self.bn.num_features = len(kept)
         for value in (*self.parameters(), *self.buffers()):
             if value.ndim:  # all except num_batches_tracked
@@ -111,9 +115,15 @@ class Gate(nn.Module):
 
 
 def couple(branch_logits: Tensor, ensemble: str, weights: Tensor | None = None) -> Tensor:
-    """Combines the branches' logits [K, B, C] into one prediction [B, C], at least in float32.
+    """Combines the branches' logits into one prediction.
 
-    It has logits; log-probabilities for the ensemble `mean_probs`. Only `gate` takes weights, [B, K].
+    Args:
+        branch_logits: [K, B, C].
+        ensemble: `mean_logits`, `mean_probs` or `gate`.
+        weights: The gate's weights [B, K]; None for the other two.
+
+    Returns:
+        [B, C], at least in float32: logits, or log-probabilities for `mean_probs`.
     """
     logits = _wide(branch_logits)
     if weights is not None:
@@ -213,7 +223,11 @@ class BranchedStudent(nn.Module):
         }
 
     def forward(self, images: Tensor) -> Tensor:
-        """Returns the ensemble's logits [B, C] (`mean_probs`: log-probabilities) of images [B, 3, H, W] in [0, 1]."""
+        """Classifies images [B, 3, H, W] in [0, 1].
+
+        Returns:
+            The ensemble output [B, C]: logits, or log-probabilities for `mean_probs`.
+        """
         return self.outputs(images).logits
 
     def outputs(self, images: Tensor, stages: Sequence[str] | None = None) -> StudentOutput:

@@ -29,9 +29,12 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model_ema", "state_dict_ema", "e
 
 
 def save_network(path: str | Path, network: StagedNetwork, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a network as safetensors with its spec in the metadata, and further strings; makes missing folders.
+    """Writes a network as safetensors with its spec in the metadata; the file appears only when it is complete.
 
-    The file appears only when it is complete.
+    Args:
+        path: the file to write; missing folders are created.
+        network: the network to write.
+        metadata: further strings to store in the file.
 
     Raises:
         UserError: when the file cannot be written.

@@ -45,10 +45,13 @@ log = logging.getLogger(__name__)
 def obtain_teachers(
     settings: Settings, directory: Path, *, on_start: Callable[[], None] | None = None
 ) -> list[dict[str, Any]]:
-    """Reads, downloads or trains the first `count` teachers of the pool, and tests them, see `score_teachers`.
+    """Reads, downloads or trains the first `count` teachers of the pool and tests each.
 
     Without `teachers.fill`, only the groups data and teachers of the settings matter. Global rank 0 writes
     teachers.json into the directory. `on_start` is called once all checks have passed; nothing is written before.
+
+    Returns:
+        One record per teacher, see `score_teachers`.
 
     Raises:
         UserError: If a setting does not fit, before anything is trained.

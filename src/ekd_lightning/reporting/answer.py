@@ -223,7 +223,11 @@ def _network(group: Group) -> tuple[str | None, str]:
 
 
 def _against_best(block: Block, subject: Group, findings: Sequence[Finding]) -> tuple[Finding | None, list[Group]]:
-    """Compares EKD with the best other method (p corrected for the selection); finds better ones with too few runs."""
+    """Compares EKD with the best other method; its p value is corrected for the selection.
+
+    Returns:
+        The comparison, and the groups with a higher test accuracy but too few runs to compare.
+    """
     others = block.rivals(subject)
     found = es.corrected({other.label: subject.minus(other) for other in others})
     best, above = best_of(others, found)

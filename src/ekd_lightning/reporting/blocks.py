@@ -98,8 +98,10 @@ def cheaper_branch(whole: Group) -> Group | None:
 def blocks(groups: Sequence[Group]) -> list[Block]:
     """Puts groups into blocks by data set, fraction, protocol and pool of teachers.
 
-    A group without teachers is in the block of every pool. Blocks are in the order of data set and fraction, those with
-    more groups first.
+    A group without teachers is in the block of every pool.
+
+    Returns:
+        Blocks by data set and fraction, those with more groups first.
     """
     trainings = [
         Training(one.protocol, frozenset(one.taught_by), any(run.result is not None for run in one.runs))

@@ -150,10 +150,16 @@ def corrected(found: Mapping[Name, Difference | None]) -> dict[Name, Difference]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Corrects any number of p values for their number by the step-down method of Holm (1979), in their order.
+    """Corrects p values for their number by the step-down method of Holm (1979).
 
-    The i-th smallest of m (from 0) is multiplied by m - i, made at least as large as the corrected ones before it, and
-    cut at 1.
+    The i-th smallest of m (from 0) is multiplied by m - i, made at least as large as the corrected ones before
+    it, and cut at 1.
+
+    Args:
+        p_values: In [0, 1], any number of them.
+
+    Returns:
+        The corrected values, in the order of `p_values`.
     """
     raised = [0.0] * len(p_values)
     largest = 0.0

@@ -102,8 +102,10 @@ class Group:
     def by_seed(self, key: str, *index: int | str) -> dict[int, float]:
         """A figure of each run that has it, by seed; empty if the runs measured it under different conditions.
 
-        `index` are positions in a list or mapping: `by_seed("test_branch_cka", 0, 1)`, `by_seed("corruption_accuracy",
-        "fog", 4)`.
+        Args:
+            key: Field of the results.
+            index: Position within a list or mapping: `by_seed("test_branch_cka", 0, 1)`,
+                `by_seed("corruption_accuracy", "fog", 4)`.
         """
         values = [(run, _at(run.result or {}, (key, *index))) for run in self.done]
         found = [(run, value) for run, value in values if value is not None]

@@ -212,7 +212,10 @@ def holder(directory: Path) -> Holder | None:
 
 
 def make_directory(directory: Path) -> list[Path]:
-    """Makes a directory and its parents; returns those that were missing, outermost first, for `remove_empty`.
+    """Makes a directory and its parents.
+
+    Returns:
+        Those that were missing, outermost first; for `remove_empty`.
 
     Raises:
         OSError: If one cannot be made, or is a file.

@@ -108,12 +108,15 @@ class Training:
 
 
 def comparison_groups(trainings: Sequence[Training]) -> list[ComparisonGroup]:
-    """Groups trainings that may be compared; groups are in the order of their first members.
+    """Groups trainings that may be compared.
 
-    Members of a group share the protocol, and their teachers come from one pool: the sets of teachers that no other set
-    contains are the pools. A sweep over the number of teachers is one group; two sweeps with different teachers are
-    two, and trainings without teachers belong to both. A training without a result joins every group whose protocol it
-    fits, or forms one of its own.
+    Members of a group share the protocol, and their teachers come from one pool: the sets of teachers that no other
+    set contains are the pools. A sweep over the number of teachers is one group; two sweeps with different teachers
+    are two, and trainings without teachers belong to both. A training without a result joins every group whose
+    protocol it fits, or forms one of its own.
+
+    Returns:
+        Groups in the order of their first members; every position is in at least one.
     """
     complete: dict[Protocol, list[int]] = defaultdict(list)
     for position, one in enumerate(trainings):

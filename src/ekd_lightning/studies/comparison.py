@@ -26,7 +26,10 @@ _OWN = ("label", "method", "student", "seeds", "differences", "test_accuracy_int
 
 
 def report(study: Study, folder: Path) -> bool:
-    """Writes comparison.csv, .md and .json, and prints the table; returns whether all runs are done.
+    """Writes comparison.csv, .md and .json, and prints the table.
+
+    Returns:
+        Whether all runs are done.
 
     Raises:
         UserError: If runs cannot be compared.

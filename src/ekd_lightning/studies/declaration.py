@@ -70,7 +70,11 @@ class Declaration:
     name: str = ""
 
     def only(self, names: Sequence[str], seeds: Sequence[int]) -> Declaration:
-        """The study with some of its parts, rows (`names`) and seeds; all of those of which none is given.
+        """The study with some of its parts, rows and seeds.
+
+        Args:
+            names: Parts and rows; without a part all parts are kept, without a row all rows.
+            seeds: Seeds; all if empty.
 
         Raises:
             UserError: For a name that is neither a part nor a row, or if no seed is left.

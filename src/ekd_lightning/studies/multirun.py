@@ -155,7 +155,11 @@ def discard_plan() -> None:
 
 
 def interrupted_sweep() -> str | None:
-    """Ends the jobs that an interrupted sweep of this process left; returns its state in one line, None without one."""
+    """Ends the jobs that an interrupted sweep left running.
+
+    Returns:
+        The sweep's state in one line, from `stopped`; None if no sweep ran in this process.
+    """
     if not _open:
         return None
     folder, stack, queued = _open.pop()
@@ -181,11 +185,19 @@ def lost_job(error: BaseException) -> str | None:
 
 
 def resume_sweep(folder: Path, argv: Sequence[str], task: TaskFunction) -> bool:
-    """Runs the remaining jobs of a sweep, each by `task`, and prints its summary; returns whether all runs are done.
+    """Runs the remaining jobs of a sweep and prints its summary.
 
     Finished runs and runs of other processes are skipped. Stopped and failed runs continue from their last checkpoint,
-    or start again without one. `folder` has sweep.json. Besides program name and `resume`, `argv` may hold overrides of
-    Hydra, e.g. another launcher, and of settings that do not change the results.
+    or start again without one.
+
+    Args:
+        folder: Folder of the sweep, with sweep.json.
+        argv: Program name and command line; besides `resume` it may hold overrides of Hydra, e.g. another launcher,
+            and of settings that do not change the results.
+        task: Runs one job.
+
+    Returns:
+        Whether all runs are done.
 
     Raises:
         UserError: For an override that would change the results.

@@ -150,7 +150,11 @@ def rounded_values(space: SearchSpace, found: Mapping[str, Any]) -> dict[str, Sc
 
 
 def default_values(space: SearchSpace, config: Mapping[str, Any]) -> dict[str, Scalar]:
-    """Values of searched keys in a resolved configuration, by key; none that it lacks or that lie outside the space."""
+    """Values of the searched keys in a resolved configuration.
+
+    Returns:
+        Value by key, without keys that the configuration lacks or whose value lies outside the space.
+    """
     found: dict[str, Scalar] = {}
     for key, values in space.items():
         value: Any = config

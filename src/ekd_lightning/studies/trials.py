@@ -94,9 +94,13 @@ class Search:
         return self._study.get_trials(deepcopy=False)
 
     def claim(self, budget: int) -> optuna.Trial | None:
-        """Starts the next trial, with `overrides` among its user attributes; None when the budget is used up.
+        """Starts the next trial.
 
-        The budget counts complete, pruned and running trials.
+        Args:
+            budget: Trials the study may have in all; complete, pruned and running ones count.
+
+        Returns:
+            The trial, its `overrides` among its user attributes; None when the budget is used up.
         """
         with self._lock:
             while True:

@@ -104,7 +104,10 @@ class TrainingModule(pl.LightningModule):
     def losses(self, batch: Batch, values: StepValues | None = None) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Returns the total loss, the detached terms by name, and the logits [B, C] of a training batch.
 
-        `values` are those of a recorded step that change from step to step, as tensors; None: the trainer's counters.
+        Args:
+            batch: The batch.
+            values: For a recorded step, the values that change from step to step, as tensors; None to take them from
+                the trainer's counters.
         """
         raise NotImplementedError
 

@@ -178,9 +178,12 @@ class StepLog:
         return {} if values is None else dict(zip(self.names, values.mean(dim=0).unbind(), strict=True))
 
     def first_non_finite(self) -> tuple[int, str, float] | None:
-        """Finds the first value that is not finite: step within the epoch, from 0; name; value. None if all are finite.
+        """Finds the first value that is not finite.
 
         The first name stands for the total, which is returned only if all other values of its step are finite.
+
+        Returns:
+            (step within the epoch, from 0; name; value), or None if all values are finite.
         """
         table = self._values()
         if table is None:

@@ -72,9 +72,17 @@ def train_teacher(
 ) -> StagedNetwork:
     """Trains one network by cross-entropy on one device; returns it with its last weights, in eval mode on the CPU.
 
-    A training that was killed continues from its last whole epoch, whose checkpoint is in `scratch`. `start` returns
-    the network whose weights, without its head, are the initial ones; None for random weights. With `head_only` all
-    else stays as it is, statistics of batch norm included.
+    A training that was killed continues from its last whole epoch, whose checkpoint is in `scratch`.
+
+    Args:
+        spec: Network to build.
+        data: Images it may see, and their augmentation.
+        recipe: Optimiser and schedule.
+        seed: Seed of initialisation, order and views.
+        scratch: Folder of the checkpoints.
+        accelerator: Lightning's flag.
+        start: Returns the network whose weights, without its head, are the initial ones; None for random weights.
+        head_only: Whether only the head is trained; all else stays as it is, statistics of batch norm included.
     """
     index = data.index()
     log.info("training teacher %s (seed %d) on %s images", spec.name, seed, f"{len(index):,}")
