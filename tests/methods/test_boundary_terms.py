@@ -15,10 +15,10 @@ from ekd_lightning.methods.boundary_terms import attack, choose_base, draw_targe
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, TeacherEnsemble, TeacherIdentity, build_network
 from ekd_lightning.networks import normalization as statistics_of
 from ekd_lightning.networks.convert import load_foreign
+from ekd_lightning.networks.frozen import NetworkAccess
 from ekd_lightning.networks.staged import TeacherOutput
 from ekd_lightning.networks.weights import state_sha256
 from ekd_lightning.networks.zoo import find_zoo_file, zoo
-from ekd_lightning.training.distiller import NetworkAccess
 
 from .helpers import make_batch, term_context
 

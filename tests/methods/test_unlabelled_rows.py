@@ -19,8 +19,8 @@ from ekd_lightning.networks import (
     build_network,
     normalization,
 )
+from ekd_lightning.networks.frozen import NetworkAccess
 from ekd_lightning.teachers.source import LiveTeachers, TeacherFormat
-from ekd_lightning.training.distiller import NetworkAccess
 
 from .helpers import make_batch, make_student, make_teachers, sizes
 

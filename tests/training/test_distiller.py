@@ -24,8 +24,8 @@ from ekd_lightning.pipeline.prepare import prepare
 from ekd_lightning.pipeline.run import make_distiller, run
 from ekd_lightning.settings import RecipeSettings
 from ekd_lightning.training.distiller import Distiller
-from ekd_lightning.training.module import has_fragile_convolution
 from ekd_lightning.training.pool import gather_teachers
+from ekd_lightning.training.steps import has_fragile_convolution
 
 EPOCHS, STEPS = 3, 4
 WEIGHTS = {"ce_ensemble": 0.1, "ce_branch": 0.3, "kd_ensemble": 0.9, "kd_branch": 0.7, "feature_branch": 2.0}

@@ -27,9 +27,8 @@ from ekd_lightning.teachers.hardware import compiled_or_not
 from ekd_lightning.tracking.loggers import MetricsCsv
 from ekd_lightning.training.checkpoints import checkpoint_callbacks
 from ekd_lightning.training.distiller import Distiller
-from ekd_lightning.training.module import memory_format
 from ekd_lightning.training.recorded_step import EpochRows, RecordedStep, StepValues
-from ekd_lightning.training.steps import make_optimizer
+from ekd_lightning.training.steps import make_optimizer, memory_format
 from ekd_lightning.training.trainer import EpochReport, EpochSeed, build_trainer
 
 

@@ -24,8 +24,8 @@ from ekd_lightning.bench import seconds_of
 from ekd_lightning.bench.ours import Job
 from ekd_lightning.data import ImageSet
 from ekd_lightning.data.loader import Batch, check_batch_size
+from ekd_lightning.networks.frozen import NetworkAccess
 from ekd_lightning.networks.staged import NetworkOutput, StagedNetwork, StudentOutput, TeacherOutput
-from ekd_lightning.training.distiller import NetworkAccess
 
 
 class PilImages(Dataset[tuple[Tensor, int]]):

@@ -20,12 +20,14 @@ from ekd_lightning.networks.staged import (
     NetworkOutput,
     Normalize,
     StagedNetwork,
+    StudentOutput,
     averaged,
     in_memory_format,
     own_stage,
     stage_and_grid,
 )
 from ekd_lightning.networks.student import Branch, BranchedStudent, couple
+from ekd_lightning.networks.teachers import TeacherEnsemble
 
 log = logging.getLogger(__name__)
 
@@ -164,3 +166,46 @@ def _folded(stage: nn.Module, name: str) -> nn.Module:
     except Exception as error:
         log.info("batch norms of %s are not folded, because it cannot be traced (%s)", name, error)
         return stage
+
+
+class NetworkAccess:
+    """Student and float32 teachers, copied and folded on first use, for terms that need outputs for other images.
+
+    It is the `LiveNetworks` of `methods.context`, which has the shapes.
+    """
+
+    def __init__(
+        self,
+        student: BranchedStudent,
+        teachers: TeacherEnsemble | None,
+        *,
+        fold: bool = True,
+        channels_last: bool = True,
+    ) -> None:
+        self._student = student
+        self._fold, self._channels_last = fold, channels_last
+        self._members = [] if teachers is None else list(teachers.members)
+        self._frozen: dict[tuple[int, torch.device], FrozenNetwork] = {}
+
+    def student_outputs(self, images: Tensor) -> StudentOutput:
+        """Returns the student's outputs."""
+        return self._student.outputs(images)
+
+    def teacher_outputs(self, m: int, images: Tensor) -> NetworkOutput:
+        """Returns the outputs of teacher m."""
+        key, member = (m, images.device), self._members[m]
+        if key not in self._frozen:
+            self._frozen[key] = FrozenNetwork(
+                member, fold=self._fold, channels_last=self._channels_last, stage_names=member.stage_names
+            ).to(images.device)
+        frozen = self._frozen[key]
+        with torch.autocast(images.device.type, enabled=False):
+            return frozen.named(frozen(images))
+
+    def classify(self, m: int, features: Tensor) -> Tensor:
+        """Returns the logits of teacher m's classifier."""
+        return self._members[m].classify(features)
+
+    def teacher_statistics(self, m: int) -> tuple[Tensor, Tensor]:
+        """Returns mean and standard deviation of teacher m's normalisation."""
+        return self._members[m].normalize.mean, self._members[m].normalize.std

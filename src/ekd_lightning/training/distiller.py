@@ -23,10 +23,10 @@ from ekd_lightning.methods import Method, Term
 from ekd_lightning.methods.assignment import make_assignment
 from ekd_lightning.methods.build import rebuild_method
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, TeacherEnsemble
-from ekd_lightning.networks.frozen import FrozenNetwork
+from ekd_lightning.networks.frozen import NetworkAccess
 from ekd_lightning.networks.own import unknown_to
 from ekd_lightning.networks.projection import reuse_classifiers
-from ekd_lightning.networks.staged import ImageSize, NetworkOutput, StudentOutput
+from ekd_lightning.networks.staged import ImageSize, StudentOutput
 from ekd_lightning.networks.teachers import require_ensemble
 from ekd_lightning.settings import RecipeSettings
 from ekd_lightning.teachers.hardware import compiled_or_not
@@ -39,49 +39,6 @@ COMPILE_STUDENT_MACS = {"cpu": 1e13, "cuda": 5e14}
 """Multiply-accumulates of a training (three forward passes per step) from which compiling the student pays. On two
 cores it takes 15 to 35 s, or 2 s from torch's cache, and saves a fifth to a quarter of the step; on an H200, with the
 step recorded as a graph, it took 8 to 30 s and saved a sixth to a quarter."""
-
-
-class NetworkAccess:
-    """Student and float32 teachers for terms that need outputs for other images than the batch's; see `LiveNetworks`.
-
-    Teachers are copied and folded on first use.
-    """
-
-    def __init__(
-        self,
-        student: BranchedStudent,
-        teachers: TeacherEnsemble | None,
-        *,
-        fold: bool = True,
-        channels_last: bool = True,
-    ) -> None:
-        self._student = student
-        self._fold, self._channels_last = fold, channels_last
-        self._members = [] if teachers is None else list(teachers.members)
-        self._frozen: dict[tuple[int, torch.device], FrozenNetwork] = {}
-
-    def student_outputs(self, images: Tensor) -> StudentOutput:
-        """See `LiveNetworks`."""
-        return self._student.outputs(images)
-
-    def teacher_outputs(self, m: int, images: Tensor) -> NetworkOutput:
-        """See `LiveNetworks`."""
-        key, member = (m, images.device), self._members[m]
-        if key not in self._frozen:
-            self._frozen[key] = FrozenNetwork(
-                member, fold=self._fold, channels_last=self._channels_last, stage_names=member.stage_names
-            ).to(images.device)
-        frozen = self._frozen[key]
-        with torch.autocast(images.device.type, enabled=False):
-            return frozen.named(frozen(images))
-
-    def classify(self, m: int, features: Tensor) -> Tensor:
-        """See `LiveNetworks`."""
-        return self._members[m].classify(features)
-
-    def teacher_statistics(self, m: int) -> tuple[Tensor, Tensor]:
-        """See `LiveNetworks`."""
-        return self._members[m].normalize.mean, self._members[m].normalize.std
 
 
 class Distiller(TrainingModule):
@@ -222,11 +179,7 @@ class Distiller(TrainingModule):
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)
 
     def setup(self, stage: str) -> None:
-        """Refuses to train without the teachers that the method needs; warns of epochs after the end of the recipe.
-
-        Raises:
-            UserError: If they are missing.
-        """
+        """Refuses to train without the teachers that the method needs; warns of epochs after the end of the recipe."""
         if stage == "fit" and self.method.needs_teachers and self.teachers is None:
             raise UserError(f"the method {self.method.name!r} needs teachers to train: pass teachers=...")
         if stage == "fit" and (self.trainer.max_epochs or 0) > self.recipe.epochs:
@@ -246,9 +199,11 @@ class Distiller(TrainingModule):
         source = self.teacher_source
         if source is None:
             return
-        batches, size = self._batches_to_come(), loader.batch_size // loader.world_size
-        rows = loader.distinct_rows(batches)
-        per_epoch = int(self.trainer.num_training_batches)
+        batches = per_epoch = int(self.trainer.num_training_batches)
+        if self.trainer.max_steps >= 0:  # it may end the training within this epoch
+            left = self.trainer.max_steps - self.global_step
+            batches = min(batches, max(1, left * self.trainer.accumulate_grad_batches))
+        size, rows = loader.batch_size // loader.world_size, loader.distinct_rows(batches)
         source.plan(per_epoch * size * self.recipe.epochs, loader.repeats)  # also where `max_steps` ends this part
         images_of = partial(data.training_images, device=self.device)
         source.prepare_epoch(*rows, images_of, self._stage_counts(range(batches), size))
@@ -270,8 +225,7 @@ class Distiller(TrainingModule):
     def bytes_on_device(self) -> dict[str, int]:
         """Returns the bytes of the teachers' weights and of their stored outputs."""
         rows = self.teacher_source.held_bytes if self.teacher_source else 0
-        members = self.teachers.members if self.teachers else ()
-        weights = sum(p.nbytes for member in members for p in member.parameters())
+        weights = sum(p.nbytes for one in (self.teachers.members if self.teachers else ()) for p in one.parameters())
         return {"teachers": weights, "teacher outputs (teachers.table)": rows}
 
     def why_not_recorded(self) -> str | None:
@@ -312,14 +266,6 @@ class Distiller(TrainingModule):
                     why = "it masks classes, which this loss cannot compare" if masked else "use another teacher"
                     return f"teacher {identity.id!r} is the cause: its {name} of image {image} are {value}; {why}"
         return None
-
-    def _batches_to_come(self) -> int:
-        """Returns the number of batches left in this epoch, or until `trainer.max_steps` ends the training."""
-        batches = int(self.trainer.num_training_batches)
-        if self.trainer.max_steps < 0:
-            return batches
-        left = self.trainer.max_steps - self.global_step
-        return min(batches, max(1, left * self.trainer.accumulate_grad_batches))
 
     def _student_forward(self, image_size: ImageSize) -> Callable[[Tensor], StudentOutput]:
         """Returns the student's forward pass for training, with the method's stages; compiled or not."""
@@ -376,11 +322,7 @@ class Distiller(TrainingModule):
             self.teacher_source.flush()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses to continue with teachers other than those of the checkpoint.
-
-        Raises:
-            UserError: If their hashes or their order differ.
-        """
+        """Refuses to continue with teachers other than those of the checkpoint, or in another order."""
         _require_same(self._teacher_hashes(), checkpoint)
 
     def _teacher_hashes(self) -> list[str]:

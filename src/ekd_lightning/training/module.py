@@ -24,32 +24,13 @@ from ekd_lightning.networks.staged import in_memory_format
 from ekd_lightning.settings import RecipeSettings
 from ekd_lightning.training.batches import as_batch, as_images
 from ekd_lightning.training.recorded_step import EpochRows, RecordedStep, StepValues, why_not_recorded
-from ekd_lightning.training.steps import StepLog, WeightAverage, make_optimizer
+from ekd_lightning.training.steps import StepLog, WeightAverage, make_optimizer, memory_format
 
 log = logging.getLogger(__name__)
 
 
 class NonFiniteLossError(UserError):
     """A loss became infinite or NaN; the message names epoch, step and term."""
-
-
-def has_fragile_convolution(module: nn.Module) -> bool:
-    """Whether a network has strided 1×1 convolutions from fewer than 16 channels.
-
-    In channels-last format on a CPU, their backward pass in torch 2.14 hangs, corrupts memory or crashes; with 8 or
-    more channels only for some numbers of threads (3, 5, 6 and 7 of those tried).
-    """
-    return any(
-        m.kernel_size == (1, 1) and m.stride != (1, 1) and m.in_channels < 16
-        for m in module.modules()
-        if isinstance(m, nn.Conv2d)
-    )
-
-
-def memory_format(network: nn.Module, channels_last: bool) -> torch.memory_format:
-    """Returns the memory format for training a network: channels-last if requested and supported."""
-    able = channels_last and not has_fragile_convolution(network)
-    return torch.channels_last if able else torch.contiguous_format
 
 
 class TrainingModule(pl.LightningModule):
@@ -150,11 +131,7 @@ class TrainingModule(pl.LightningModule):
     # -- optimisation -----------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Builds the recipe's optimiser, with a schedule that advances every optimiser step.
-
-        Raises:
-            UserError: If the training loader's length is unknown.
-        """
+        """Builds the recipe's optimiser, with a schedule that advances every optimiser step."""
         parameters = [parameter for parameter in self.trained_parameters() if parameter.requires_grad]
         self.trainer.fit_loop.setup_data()
         # Lightning refuses to clip the gradients of a fused optimiser under automatic mixed precision.
@@ -207,10 +184,8 @@ class TrainingModule(pl.LightningModule):
     def training_step(self, batch: Batch | IndexBatch, batch_idx: int) -> Tensor:
         """Runs one step: returns the total loss and keeps every term for the epoch's log.
 
-        A recorded step contains backward pass and optimiser, so that Lightning's are skipped.
-
-        Raises:
-            UserError: If the device's memory is too small.
+        A recorded step contains backward pass and optimiser, so that Lightning's are skipped. Too little memory on the
+        device is a `UserError`.
         """
         try:
             if self._recorded is not None:
@@ -307,9 +282,8 @@ class TrainingModule(pl.LightningModule):
     def epoch_means(self) -> dict[str, Tensor]:
         """Returns means of loss, terms and accuracy over all processes' steps of a finished epoch, scalars.
 
-        They are on the host if this process trains alone, else on the device.
-
-        All processes must make the first call of an epoch.
+        They are on the host if this process trains alone, else on the device. All processes must make the first call of
+        an epoch.
         """
         if not self._epoch_means and (means := self._step_log.means()):
             reduced = self.trainer.strategy.reduce(torch.stack([*means.values()]), reduce_op="mean")
@@ -330,12 +304,8 @@ class TrainingModule(pl.LightningModule):
         self._log("lr", self._epoch_lr)
 
     def _log(self, name: str, value: Tensor | float) -> None:
-        """Logs a value of an epoch.
-
-        A process that trains alone keeps it on the host, where Lightning's bookkeeping launches no kernels and waits
-        for none.
-        """
-        if self._is_alone:
+        """Logs a value of an epoch."""
+        if self._is_alone:  # on the host, Lightning's bookkeeping launches no kernels and waits for none
             value = torch.as_tensor(value, dtype=torch.float32, device="cpu")
         self.log(name, value, sync_dist=True)
 
@@ -403,9 +373,7 @@ class TrainingModule(pl.LightningModule):
 
     def _log_scores(self, prefix: str, scores: ClassificationScores) -> None:
         for name, value in scores.compute().items():
-            if isinstance(value, list):
-                for branch, item in enumerate(value):
-                    self._log(f"{prefix}/{name}_{branch}", item)
-            else:
-                self._log(f"{prefix}/{name}", value)
+            values = {f"{name}_{k}": one for k, one in enumerate(value)} if isinstance(value, list) else {name: value}
+            for key, one in values.items():
+                self._log(f"{prefix}/{key}", one)
         scores.reset()

@@ -1,4 +1,4 @@
-"""Parts of training steps: optimiser, learning rate, weight average, and a log of each step's values.
+"""Parts of training steps: optimiser, learning rate, memory format, weight average, and a log of each step's values.
 
 The learning rate warms up linearly and then follows a cosine, falls in steps, or stays constant.
 """
@@ -111,6 +111,25 @@ def make_optimizer(
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"{key}.optimizer={recipe.optimizer}: {one_line(error)}") from None
     return optimizer, LambdaLR(optimizer, lr_factor(recipe, steps_per_epoch))
+
+
+def has_fragile_convolution(module: nn.Module) -> bool:
+    """Whether a network has strided 1×1 convolutions from fewer than 16 channels.
+
+    In channels-last format on a CPU, their backward pass in torch 2.14 hangs, corrupts memory or crashes; with 8 or
+    more channels only for some numbers of threads (3, 5, 6 and 7 of those tried).
+    """
+    return any(
+        m.kernel_size == (1, 1) and m.stride != (1, 1) and m.in_channels < 16
+        for m in module.modules()
+        if isinstance(m, nn.Conv2d)
+    )
+
+
+def memory_format(network: nn.Module, channels_last: bool) -> torch.memory_format:
+    """Returns the memory format for training a network: channels-last if requested and supported."""
+    able = channels_last and not has_fragile_convolution(network)
+    return torch.channels_last if able else torch.contiguous_format
 
 
 class WeightAverage(nn.Module):
