@@ -24,10 +24,13 @@ _GPU_MINUTES = 3.0
 
 
 def make_bench(overrides: Sequence[str], *, epochs: int, minutes: float | None, **counts: Any) -> Bench:
-    """Prepares settings, by overrides as for ekd-train, data and teachers for all parts.
+    """Prepares settings, data and teachers for all parts.
 
-    No part is started after `minutes`; None for no limit, on a GPU for three minutes. All trainings have `epochs`;
-    `counts` are fields of `Bench` that set how often and how much is measured.
+    Args:
+        overrides: As for ekd-train.
+        epochs: Epochs of every training.
+        minutes: No part is started after this time; None for no limit, on a GPU for three minutes.
+        **counts: Fields of `Bench` that set how often and how much is measured.
 
     Raises:
         UserError: For settings that the plain loop cannot train with.

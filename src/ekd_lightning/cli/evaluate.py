@@ -147,7 +147,11 @@ def is_override(word: str) -> bool:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of `--device auto`, `cpu` or `cuda`; a `UserError` for `cuda` without a CUDA device."""
+    """The device of `--device auto`, `cpu` or `cuda`.
+
+    Raises:
+        UserError: For `cuda` without a CUDA device.
+    """
     import torch  # noqa: PLC0415
 
     from ekd_lightning.teachers.hardware import device_type_of  # noqa: PLC0415

@@ -181,7 +181,11 @@ def _export_run(args: argparse.Namespace) -> _Exported:
 
 
 def _options(args: argparse.Namespace) -> ExportOptions:
-    """Checks all options that need no file of the run; a `UserError` at the first impossible value."""
+    """Checks all options that need no file of the run.
+
+    Raises:
+        UserError: At the first impossible value.
+    """
     from ekd_lightning.networks.deploy import SUFFIXES  # noqa: PLC0415
     from ekd_lightning.pipeline.export import WEIGHTS, ExportOptions  # noqa: PLC0415
 

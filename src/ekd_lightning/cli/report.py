@@ -64,7 +64,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run_report(args: argparse.Namespace) -> None:
-    """Reads the runs and writes the report; a `UserError` for a user's mistake, before anything is written."""
+    """Reads the runs and writes the report.
+
+    Raises:
+        UserError: For a user's mistake, before anything is written.
+    """
     if args.study_pages:
         with session("report", keep=False), phase("report"):
             return write_study_pages(args)

@@ -61,7 +61,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def run_tune(args: argparse.Namespace) -> None:
-    """Searches, or with `--print` prints the overrides that an earlier search found; a mistake is a `UserError`."""
+    """Searches, or with `--print` prints the overrides that an earlier search found.
+
+    Raises:
+        UserError: For a user's mistake.
+    """
     if args.print:
         print(*read_tuned(args.print)["overrides"], sep="\n")
         return

@@ -106,7 +106,8 @@ def load_dataset(name: str, root: str | Path, download: bool = False) -> Dataset
 def open_dataset(data: DataSettings) -> Dataset:
     """Opens the data set of the settings: a registered one, or the user's own images (`data.source`).
 
-    Equal settings give the same object, unless the images have changed.
+    Returns:
+        The data set; the same object for the same settings, unless the images have changed.
 
     Raises:
         UserError: For unknown names, missing or damaged data, or settings that do not fit the data.

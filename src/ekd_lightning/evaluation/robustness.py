@@ -93,7 +93,8 @@ def corrupt(
 def read_frost(folder: Path) -> list[Tensor]:
     """Reads the frost photographs of hendrycks/robustness, reduced to a fifth of their size as in the source.
 
-    They are five, float32 [3, height, width] in [0, 1]; none if the folder does not exist.
+    Returns:
+        Five tensors, float32 [3, height, width] in [0, 1]; an empty list if the folder does not exist.
 
     Raises:
         UserError: If the folder exists, but one of `FROST_FILES` is missing or damaged.
@@ -195,8 +196,10 @@ def score_corruptions(
 ) -> dict[str, dict[str, list[float]]]:
     """Scores a network, in eval mode on `device`, under every corruption at every severity.
 
-    `index`, int64 [n], are the positions of the test images to use; `test` has their labels. Returns corruption ->
-    {`accuracy`, `nll`, `ece`: five numbers each, for severities 1 to 5}.
+    `index`, int64 [n], are the positions of the test images to use; `test` has their labels.
+
+    Returns:
+        Corruption -> {`accuracy`, `nll`, `ece`: five numbers each, for severities 1 to 5}.
     """
     found: dict[str, dict[str, list[float]]] = {}
     for name in track(sets.names, "", "kinds"):

@@ -106,7 +106,11 @@ class ClassificationScores(Metric):
         return (*found, *(("disagreement", "ambiguity") if self.num_branches > 1 else ()))
 
     def compute(self) -> dict[str, float | list[float]]:
-        """Returns all scores as plain numbers, see the class; a `ValueError` if no image was counted."""
+        """Returns all scores as plain numbers; see the class.
+
+        Raises:
+            ValueError: If no image was counted.
+        """
         sums = self._on_host()
         count = int(sums["count"])
         if count == 0:

@@ -117,10 +117,14 @@ class ScheduledAssignment(Assignment):
 
 
 def build_assignment(kind: AssignmentSpec, num_branches: int, num_teachers: int, seed: int = 0) -> Assignment:
-    """Builds an assignment of any kind, for K >= 1 branches and M >= 1 teachers; only `random` uses the seed.
+    """Builds an assignment of any kind, for K branches and M teachers; only `random` uses the seed.
 
-    `kind` is `random`; {schedule: [[0, kind], [share, kind], ...]}, where each kind holds from its share of the
-    training on; or any `kind` of `make_assignment`.
+    Args:
+        kind: `random`; {schedule: [[0, kind], [share, kind], ...]}, where each kind holds from its share of the
+            training on; or any `kind` of `make_assignment`.
+        num_branches: K >= 1.
+        num_teachers: M >= 1.
+        seed: Seed of a random assignment.
 
     Raises:
         UserError: For an unknown kind, impossible counts or rows that do not fit.

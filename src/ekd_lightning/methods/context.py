@@ -173,11 +173,14 @@ class TermContext:
         image_size: ImageSize = 32,
         **others: Any,
     ) -> TermContext:
-        """Builds the context of a student and its M teachers, for `build_method`.
+        """Builds the context of a student and its teachers, for `build_method`.
 
-        The teachers' weights matter only for the classes that they do not know. The image size is in pixels; stages
-        have shapes by it. `others` are further attributes: names, seed, training images; `unknown_classes` if the
-        networks do not have their weights yet.
+        Args:
+            student: The branched student.
+            teachers: M networks. Their weights matter only for the classes that they do not know.
+            image_size: Height and width of the images in pixels, for the shapes of the stages.
+            **others: Further attributes: names, seed, training images; `unknown_classes` if the networks do not have
+                their weights yet.
         """
         others.setdefault("unknown_classes", tuple(unknown_to(teacher, student.num_classes) for teacher in teachers))
         return cls(

@@ -144,7 +144,11 @@ class TeacherEnsemble(nn.Module):
         return TeacherOutput.of([member.outputs(images) for member in self.members], stages)
 
     def verify(self) -> None:
-        """Checks that no member has changed; a `RuntimeError` when a member's hash is not that of its identity."""
+        """Checks that no member has changed.
+
+        Raises:
+            RuntimeError: when a member's hash differs from that of its identity.
+        """
         for member, identity in zip(self.members, self.identities, strict=True):
             found = state_sha256(member)
             if found != identity.sha256:

@@ -134,9 +134,14 @@ def open_context(
     other: BranchedStudent | None = None,
     weights: str = "last",
 ) -> EvaluationContext:
-    """Opens a finished run for an evaluation, on a device, by settings with the current paths of data and teachers.
+    """Opens a finished run for an evaluation.
 
-    `other` is the student with other weights, named `weights` (`best` or `ema`); None for those after the last epoch.
+    Args:
+        run: The run.
+        settings: Settings of the run, with the current paths of data and teachers.
+        device: Device of all computations.
+        other: The student with other weights, which is moved to `device`; None for those after the last epoch.
+        weights: Name of these weights, `best` or `ema`.
 
     Raises:
         UserError: If the run is not done, one of its files is damaged, the data are missing, or data or student are not

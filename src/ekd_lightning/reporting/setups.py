@@ -123,12 +123,15 @@ def _text(content: Any) -> str:
 
 
 def labels(groups: Sequence[Sequence[RunEntry]]) -> list[tuple[str, dict[str, Any]]]:
-    """Names groups by their method and what varies within it; returns labels, each with all settings that differ.
+    """Names groups by their method and what varies within it.
 
     A setting is part of the label if it differs between comparable groups of the method; then it is in all labels of
     that method and data set, so that a label means the same everywhere. The most common student of a data set is not
     named. If more than `_MOST_NAMED` settings differ, a label names only those that differ from the usual value of the
     method and are needed to distinguish its groups.
+
+    Returns:
+        For each the label, and all settings that differ within its method.
     """
     firsts = [next((run for run in group if run.result is not None), group[0]) for group in groups]
     setups = [describe(run) for run in firsts]

@@ -71,7 +71,11 @@ def build_report(entity: str, project: str, name: str, group: str | None = None)
 
 
 def panel_sections() -> dict[str, list[Any]]:
-    """Panels by section, of metrics that runs log; a `UserError` if the package is not installed."""
+    """Panels by section, of metrics that runs log.
+
+    Raises:
+        UserError: If the package is not installed.
+    """
     _, wr = _packages()
     method, teachers, branches = (wr.Config(key) for key in ("method_name", "num_teachers", "num_branches"))
     accuracy = wr.SummaryMetric("test_accuracy")

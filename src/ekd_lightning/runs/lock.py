@@ -235,7 +235,11 @@ def make_directory(directory: Path) -> list[Path]:
 
 
 def check_directory(directory: Path) -> None:
-    """Checks that a directory can be made, and removes it again if it was absent; raises as `make_directory`."""
+    """Checks that a directory can be made, and removes it again if it was absent.
+
+    Raises:
+        OSError: As `make_directory`.
+    """
     remove_empty(make_directory(directory))
 
 

@@ -32,8 +32,9 @@ _PROBE_SECONDS = 1.0
 def training_cost(settings: Settings, prepared: Prepared) -> dict[str, int]:
     """The cost of a run's training.
 
-    `images`, each counted as often as it is seen, and `macs`: three forward passes of the student for each of them, and
-    without teacher tables one forward pass of every teacher.
+    Returns:
+        `images`, each counted as often as it is seen, and `macs`: three forward passes of the student for each of them,
+        and without teacher tables one forward pass of every teacher.
     """
     from ekd_lightning.evaluation.efficiency import count_macs  # noqa: PLC0415 (slow)
     from ekd_lightning.networks import build_network  # noqa: PLC0415
@@ -92,8 +93,9 @@ def log_cost(planned: Mapping[Path, tuple[Study, Sequence[Job]]], composer: Comp
 def recorded_pace(done: Iterable[RunEntry]) -> tuple[dict[str, float], float]:
     """The training speed that finished runs have recorded.
 
-    Seconds per image by row, and the multiply-accumulates per second of all runs together, with three forward passes of
-    the student for each image; 0 without any run.
+    Returns:
+        Seconds per image by row, and the multiply-accumulates per second of all runs together, with three forward
+        passes of the student for each image; 0 without any run.
     """
     rows: dict[str, list[float]] = {}
     macs = seconds = 0.0

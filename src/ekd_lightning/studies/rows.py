@@ -184,7 +184,11 @@ def matched_row(name: str, row: RowPlan, by: str, network: Sequence[str]) -> Row
 
 
 def read_tuned(path: Path) -> dict[str, Any]:
-    """Content of `<method>.yaml`, its `overrides` checked; a `UserError` if it is missing or of another form."""
+    """Content of `<method>.yaml`, its `overrides` checked.
+
+    Raises:
+        UserError: If the file is missing or of another form.
+    """
     if path.is_dir():
         raise UserError(f"{path}: is a folder; name a method's file in it, e.g. {path / 'ekd.yaml'}")
     try:

@@ -158,7 +158,11 @@ def named_database(url: str | None) -> Iterator[None]:
 
 
 def without_password(url: str) -> str:
-    """A database's URL without its password; a `UserError` if it is not a URL of a database."""
+    """A database's URL without its password.
+
+    Raises:
+        UserError: If it is not a URL of a database.
+    """
     try:
         return make_url(url).render_as_string(hide_password=True)
     except ArgumentError:

@@ -103,7 +103,11 @@ def write_sweep(sweep: Sweep) -> None:
 
 
 def read_sweep(folder: Path) -> Sweep | None:
-    """Reads sweep.json; None if the folder has none, a `UserError` if it is damaged."""
+    """Reads sweep.json; None if the folder has none.
+
+    Raises:
+        UserError: If it is damaged.
+    """
     path = folder / SWEEP_FILE
     if not path.is_file():
         return None
@@ -201,8 +205,9 @@ def show_summary(sweep: Sweep) -> None:
 def sweep_tables(states: Sequence[JobState], folder: Path) -> list[Table]:
     """The tables of a sweep.
 
-    A table of all runs with the highest accuracy marked. If seeds vary, also a table of means over seeds, and the mark
-    is there, because settings are chosen and not seeds. At most `MOST_ROWS` finished runs are shown.
+    Returns:
+        A table of all runs with the highest accuracy marked. If seeds vary, also a table of means over seeds, and the
+        mark is there, because settings are chosen and not seeds. At most `MOST_ROWS` finished runs are shown.
     """
     keys = varied_keys([state.job for state in states])
     groups = seed_groups(states) if SEED in keys else {}

@@ -194,10 +194,15 @@ def curves(result: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> dic
 def misclassified(
     arrays: Mapping[str, NDArray[Any]], images: NDArray[np.uint8], class_names: Sequence[str], most: int = MOST_EXAMPLES
 ) -> list[Example]:
-    """Returns the misclassified test images with the highest confidence, in falling order, at the most `most`.
+    """Returns the misclassified test images with the highest confidence, in falling order.
 
-    Of equally confident images, the first in the test set comes first. Without `ensemble_probs` [N, C] and `labels` [N]
-    among the arrays, the list is empty. Images are uint8 [N, 3, H, W].
+    Of equally confident images, the first in the test set comes first.
+
+    Args:
+        arrays: Arrays with `ensemble_probs` [N, C] and `labels` [N]; if they are missing, the list is empty.
+        images: uint8 [N, 3, H, W].
+        class_names: C names.
+        most: Largest number of images.
     """
     if "ensemble_probs" not in arrays or "labels" not in arrays:
         return []

@@ -163,8 +163,13 @@ def similarity_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def flow_matrix(first: Tensor, second: Tensor, pooling: str = "max") -> Tensor:
     """G = F₁ᵀ F₂ / (H·W), the FSP matrix of two stages (Yim et al., CVPR 2017, equation 1).
 
-    Of outputs [B, C_1, H_1, W_1] of the earlier and [B, C_2, H_2, W_2] of the later stage; [B, C_1, C_2], float32 or
-    wider. The larger maps are reduced to the smaller size by `pooling`: `max` (the paper) or `average` (RepDistiller).
+    Args:
+        first: [B, C_1, H_1, W_1], output of the earlier stage.
+        second: [B, C_2, H_2, W_2], output of the later one.
+        pooling: How the larger maps are reduced to the smaller size: `max` (the paper) or `average` (RepDistiller).
+
+    Returns:
+        [B, C_1, C_2], float32 or wider.
     """
     pool = functional.adaptive_max_pool2d if pooling == "max" else average_pool
     first, second = to_common_size(at_least_float32(first), at_least_float32(second), pool)

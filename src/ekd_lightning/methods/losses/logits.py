@@ -104,7 +104,12 @@ def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, temperatu
 def mse(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared error over all elements, of logits (Ba and Caruana, NeurIPS 2014) or of features (hints).
 
-    Both have the same shape; the teacher's are detached here. Returns a scalar >= 0, float32 or wider.
+    Args:
+        student: Any shape.
+        teacher: The same shape, detached here.
+
+    Returns:
+        Scalar >= 0, float32 or wider.
 
     Raises:
         ValueError: If the shapes differ.

@@ -60,8 +60,11 @@ def entropy_weights(teacher_logits: Tensor) -> Tensor:
     The entropy weighting of Kwon et al. (ICASSP 2020, "Adaptive Knowledge Distillation Based on Entropy"), as
     implemented in the CA-MKD repository, at T = 1. 1 - H / Σ H sums to M - 1 over the teachers, hence the division.
 
-    Takes logits [M, B, C]. Returns [M, B], float32 or wider; every column sums to 1. Uniform where all teachers are
-    certain; 1 for M = 1.
+    Args:
+        teacher_logits: [M, B, C].
+
+    Returns:
+        [M, B], float32 or wider; every column sums to 1. Uniform where all teachers are certain; 1 for M = 1.
     """
     M = len(teacher_logits)
     log_probs = functional.log_softmax(at_least_float32(teacher_logits).detach(), dim=-1)
@@ -76,8 +79,11 @@ def confidence_weights(errors: Tensor) -> Tensor:
 
     Zhang, Chen and Wang, "Confidence-Aware Multi-Teacher Knowledge Distillation" (ICASSP 2022, arXiv 2201.00007).
 
-    Errors are cross-entropies [M, B] in nats; if all of an image are inf, its weights are equal. Returns [M, B]; every
-    column sums to 1. 1 for M = 1.
+    Args:
+        errors: Cross-entropies [M, B] in nats; may be inf. If all errors of an image are inf, its weights are equal.
+
+    Returns:
+        [M, B]; every column sums to 1. 1 for M = 1.
     """
     finite = errors.clamp(max=torch.finfo(errors.dtype).max)  # inf - inf is nan
     return _one_minus(finite.softmax(0), len(errors))
@@ -87,10 +93,15 @@ CONFIDENCES = ("label", "entropy")
 
 
 def image_weights(kind: str, teacher_logits: Tensor, targets: Tensor) -> Tensor:
-    """Returns the weights of all teachers for each image, float32 or wider [M, B]; every column sums to 1.
+    """Returns the weights of all teachers for each image, by one of the `CONFIDENCES`.
 
-    Logits are [M, B, C], detached here. By the `CONFIDENCES` `label` (`confidence_weights`, of CA-MKD; of int64 targets
-    [B], or probabilities [B, C]) or `entropy` (`entropy_weights`, of EBKD).
+    Args:
+        kind: `label` (`confidence_weights`, of CA-MKD) or `entropy` (`entropy_weights`, of EBKD).
+        teacher_logits: [M, B, C], detached here.
+        targets: int64 [B], or probabilities [B, C]; used only by `label`.
+
+    Returns:
+        [M, B], float32 or wider; every column sums to 1.
     """
     if kind == "label":
         return confidence_weights(cross_entropies(teacher_logits.detach(), targets))
