@@ -4,7 +4,7 @@ import torch
 from torchvision.models import resnet18
 
 import ekd_lightning as ekd
-from ekd_lightning.data import Batch, load_dataset
+from ekd_lightning.data import load_dataset
 from ekd_lightning.data.views import to_unit
 from ekd_lightning.networks import NetworkSpec, normalization
 
@@ -20,9 +20,8 @@ method = ekd.method("ekd", student, teachers)
 optimizer = torch.optim.SGD([*student.parameters(), *method.parameters()], lr=0.05, momentum=0.9)
 
 for step, index in enumerate(torch.randperm(len(labels)).split(64)):
-    whole = torch.ones_like(index, dtype=torch.bool)
-    batch = Batch(images[index], labels[index], index, torch.zeros_like(index), whole)
-    loss = method(student.outputs(batch.images), teachers(batch.images, method.teacher_stages), batch)
+    x, y = images[index], labels[index]
+    loss = method(student.outputs(x), teachers(x, method.teacher_stages), (x, y))
     optimizer.zero_grad()
     loss.total.backward()
     optimizer.step()

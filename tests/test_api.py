@@ -23,7 +23,7 @@ from whole_runs import TINY
 
 import ekd_lightning as ekd
 from ekd_lightning.cli import evaluate, export
-from ekd_lightning.data import Batch, load_dataset
+from ekd_lightning.data import load_dataset
 from ekd_lightning.data.views import to_unit
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import read_json, write_json
@@ -93,7 +93,10 @@ def test_mistakes_are_those_of_the_command(here):
         ({"student": torch.nn.Linear(3, 2)}, "student: must be the name .* not a Linear; .*register_network"),
         ({"teachers": [torch.nn.Linear(3, 2)]}, "teachers: must be names or mappings .* not a Linear; .*module"),
         ({"teachers": "digits"}, "teachers='digits': must be a list"),
-        ({"overrides": "data.fraction=0.1"}, "overrides='data.fraction=0.1': must be a list"),
+        ({"overrides": "data.fraction=0.1"}, "overrides='data.fraction=0.1': must be a list of str"),
+        ({"overrides": [1]}, r"overrides=\[1\]: must be a list of str"),
+        ({"callbacks": pl.Callback()}, "callbacks=.*: must be a list of Callback"),
+        ({"data": TensorDataset(torch.zeros(1))}, "data must be a str or Path, not a TensorDataset"),
         ({"epochs": "three"}, "recipe.epochs"),
         ({"overrides": ["resume=here"]}, "ekd-train resume=DIR"),
     ):
@@ -169,16 +172,41 @@ def test_parts_that_do_not_fit_are_refused_when_they_meet():
     student, ensemble, method = networks()
     members = list(ensemble.members)
     recipe = ekd.RecipeSettings(epochs=1)
-    with pytest.raises(UserError, match="teachers must be a TeacherEnsemble, not a list"):
+    with pytest.raises(UserError, match="teachers must be a TeacherEnsemble or None, not a list"):
         ekd.method("ekd", student, members)
-    with pytest.raises(UserError, match="teachers must be a TeacherEnsemble, not a list"):
+    with pytest.raises(UserError, match="student must be a BranchedStudent, not a StagedNetwork"):
+        ekd.method("ekd", members[0], ekd.TeacherEnsemble(members))
+    with pytest.raises(UserError, match="overrides='a=1': must be a list"):
+        ekd.method("ekd", student, ekd.TeacherEnsemble(members), overrides="a=1")
+    with pytest.raises(UserError, match="spec must be a NetworkSpec, not a Linear: register_network"):
+        ekd.BranchedStudent(torch.nn.Linear(3, 2), branches=2, split_after="stem")
+    with pytest.raises(UserError, match=r"normalization='unit' must be a Normalization"):
+        NetworkSpec("resnet8", 10, "unit")
+    with pytest.raises(UserError, match="method must be a Method, not a str"):
+        ekd.Distiller(student, "ekd", recipe)
+    with pytest.raises(UserError, match="recipe must be a RecipeSettings, not a dict"):
+        ekd.Distiller(student, method, {"epochs": 1})
+    for values, message in (({"epochs": "1"}, "recipe.epochs=1: must be int"), ({"schedule": "cosin"}, "'cosine'")):
+        with pytest.raises(UserError, match=message):
+            ekd.Distiller(student, method, ekd.RecipeSettings(**values))
+    images, labels = torch.rand(2, 3, 32, 32), torch.zeros(2, dtype=torch.int64)
+    taught, given = ensemble(images, method.teacher_stages), student.outputs(images)
+    with pytest.raises(UserError, match=r"student.outputs\(images\), must be a StudentOutput, not a Tensor"):
+        method(student(images), taught, (images, labels))
+    with pytest.raises(UserError, match=r"teacher_stages\), must be a TeacherOutput, not a Tensor"):
+        method(given, taught.logits, (images, labels))
+    with pytest.raises(UserError, match="networks normalise them"):
+        method(given, taught, (images - 1, labels))
+    with pytest.raises(UserError, match="teachers must be a TeacherEnsemble or None, not a list"):
         ekd.Distiller(student, method, recipe, teachers=members)
     with pytest.raises(UserError, match="built for 2 branches and 2 teachers, not for 2 and 1"):
         ekd.Distiller(student, method, recipe, teachers=ekd.TeacherEnsemble(members[:1]))
     flat = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 10))
     with pytest.raises(UserError, match=r"teacher 'Sequential-0': .* fails on images \[2, 3, 32, 32\]: RuntimeError"):
-        ekd.method("kd_mean", student, ekd.TeacherEnsemble([flat]))
-    assert ekd.method("kd_mean", student, ekd.TeacherEnsemble([flat]), image_size=8).needs_teachers
+        ekd.method("kd_mean", student, ekd.TeacherEnsemble([flat], normalization="unit"))
+    assert ekd.method(
+        "kd_mean", student, ekd.TeacherEnsemble([flat], normalization="unit"), image_size=8
+    ).needs_teachers
 
 
 class Halving(pl.LightningDataModule):
@@ -232,9 +260,7 @@ def test_any_loader_gives_the_losses_of_the_method():
     student.train()
     found = []
     for some, truth in zip(images.split(32), labels.split(32), strict=True):
-        unknown = torch.full_like(truth, -1)
-        batch = Batch(some, truth, unknown, unknown, torch.ones_like(truth, dtype=torch.bool))
-        found.append(method(student.outputs(some), teachers(some, method.teacher_stages), batch).terms)
+        found.append(method(student.outputs(some), teachers(some, method.teacher_stages), (some, truth)).terms)
     for name in method.terms:
         expected = torch.stack([terms[name] for terms in found]).mean()
         torch.testing.assert_close(trainer.callback_metrics[f"train/{name}"], expected, rtol=1e-4, atol=1e-5)
@@ -244,12 +270,14 @@ def test_a_trainer_longer_than_the_recipe_and_batches_by_name_are_said():
     digits = load_dataset("digits", "unused").train
     images, labels = to_unit(digits.images[:32]), digits.labels[:32]
     student, teachers, method = networks()
-    module = ekd.Distiller(student, method, ekd.RecipeSettings(epochs=1), teachers=teachers, capture="never")
+    recipe = ekd.RecipeSettings(epochs=1, mixup=0.2)
+    module = ekd.Distiller(student, method, recipe, teachers=teachers, capture="never")
     flags = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
     quiet = {"enable_progress_bar": False, "enable_model_summary": False}
     named = [{"image": image, "label": label} for image, label in zip(images, labels, strict=True)]
     with (
         pytest.warns(UserWarning, match=r"max_epochs=3 of the Trainer, but the recipe has epochs=1"),
+        pytest.warns(UserWarning, match=r"recipe.mixup=0.2 has no effect"),
         pytest.raises(UserError, match=r"must be \(images, labels\), not a dict"),
     ):
         pl.Trainer(**flags, **quiet, max_epochs=3).fit(module, DataLoader(named, batch_size=32))
@@ -338,7 +366,7 @@ def test_what_is_no_such_checkpoint_is_refused(here):
     assert "recipe.epochs" in refusal(hyper_parameters={**known, "recipe": {"epochs": 0}})
     assert "pass method=" in refusal(hyper_parameters={**known, "method": {}})
     spec = {**known["student"]["spec"], "name": "module:os.system"}
-    assert "is not imported" in refusal(hyper_parameters={**known, "student": {**known["student"], "spec": spec}})
+    assert "is not among imports" in refusal(hyper_parameters={**known, "student": {**known["student"], "spec": spec}})
     state = {name: value for name, value in good["state_dict"].items() if "head" not in name}
     assert "head" in refusal(state_dict=state)
     mine = ekd.Distiller.load_from_checkpoint(path, method=module.method, capture="never")

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from hydra.errors import HydraException
@@ -29,12 +30,11 @@ from ekd_lightning.config.internals import initialized, options_of
 from ekd_lightning.config.mistakes import config_error
 from ekd_lightning.config.overrides import override
 from ekd_lightning.data.datamodule import ImageDataModule
-from ekd_lightning.errors import UserError, quiet
+from ekd_lightning.errors import UserError, quiet, require_type
 from ekd_lightning.methods import Method, TermContext, build_method
 from ekd_lightning.networks import BranchedStudent, TeacherEnsemble, load_student
 from ekd_lightning.networks.own import check_outputs
 from ekd_lightning.networks.staged import ImageSize
-from ekd_lightning.networks.teachers import require_ensemble
 from ekd_lightning.pipeline.run import run
 from ekd_lightning.progress import reported_by
 from ekd_lightning.runs.directory import STUDENT
@@ -117,7 +117,9 @@ def distill(
     Raises:
         UserError: For an invalid setting, before anything is written; or for a loss that is not finite.
     """
-    _check_arguments(teachers, student, overrides)
+    require_type("data", data, str, Path)
+    _check_networks(teachers, student)
+    _check_lists(overrides=(overrides, str), callbacks=(callbacks, Callback))
     given = {
         "student.network": student,
         "student.branches": branches,
@@ -176,27 +178,36 @@ def method(
         UserError: For an unknown name, a method that does not fit the networks, or a network that does not return
             logits for images of this size.
     """
+    require_type("student", student, BranchedStudent)
+    require_type("teachers", teachers, TeacherEnsemble, NoneType)
+    _check_lists(overrides=(overrides, str))
     settings = _compose(f"method={name}", *overrides).method
-    if teachers is not None:
-        require_ensemble(teachers)
     members = () if teachers is None else teachers.members
     names = () if teachers is None else tuple(identity.id for identity in teachers.identities)
     check_outputs(student, image_size, "student")
     for member, own in zip(members, names, strict=True):
         check_outputs(member, image_size, f"teacher {own!r}")
-    context = TermContext.of(student, members, image_size=image_size, teacher_names=names)
+    context = TermContext.of(
+        student, members, image_size=image_size, student_name=student.spec.name, teacher_names=names
+    )
     return build_method(
         settings.name, settings.terms, context, temperature=settings.temperature, assignment=settings.assignment
     )
 
 
-def _check_arguments(teachers: Any, student: Any, overrides: Any) -> None:
+def _check_lists(**arguments: tuple[Any, type]) -> None:
+    """Refuses arguments that are no lists of a type; each is given with it."""
+    for name, (value, kind) in arguments.items():
+        if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(one, kind) for one in value):
+            raise UserError(f"{name}={value!r}: must be a list of {kind.__name__}")
+
+
+def _check_networks(teachers: Any, student: Any) -> None:
     own = "; for a network of your own see register_network, or {module: PACKAGE.FUNCTION} for a teacher"
     if not isinstance(student, (str, type(None))):
         raise UserError(f"student: must be the name of a network, not a {type(student).__name__}{own}")
-    for name, value in (("teachers", teachers), ("overrides", overrides)):
-        if isinstance(value, str) or not isinstance(value, (Sequence, type(None))):
-            raise UserError(f"{name}={value!r}: must be a list")
+    if isinstance(teachers, str) or not isinstance(teachers, (Sequence, NoneType)):
+        raise UserError(f"teachers={teachers!r}: must be a list")
     for one in teachers or ():
         if not isinstance(one, (str, Mapping)):
             raise UserError(f"teachers: must be names or mappings as in teachers.pool, not a {type(one).__name__}{own}")

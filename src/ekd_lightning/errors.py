@@ -121,6 +121,13 @@ def load_plugins() -> None:
             loaded_plugins[entry.module] = f"{package.name} {package.version}"
 
 
+def require_type(name: str, value: object, *kinds: type) -> None:
+    """Refuses a value that is of none of some classes; `name` is that of the argument, for the `UserError`."""
+    if not isinstance(value, kinds):
+        wanted = " or ".join(kind.__name__.removesuffix("Type") for kind in kinds)
+        raise UserError(f"{name} must be a {wanted}, not a {type(value).__name__}")
+
+
 def few(names: Sequence[str], most: int = 3) -> str:
     """Joins the first `most` names and counts the others."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -225,7 +225,7 @@ def test_an_installed_package_adds_parts_and_is_on_record(package, tmp_path, fir
     assert tiny().num_features == 4
     assert "nothing_of_a_plugin" in terms.TERMS.names()
     assert errors.loaded_plugins == {module: "good_of_a_test 1.5"}
-    with pytest.raises(UserError, match="is not imported"):
+    with pytest.raises(UserError, match="is not among imports"):
         build_network(NetworkSpec(f"module:{module}.tiny", 3, normalization("unit")))
 
 

@@ -285,7 +285,7 @@ def test_two_processes_do_what_one_does(tmp_path):
 
 
 def test_training_images_must_be_known_and_of_two_classes():
-    with pytest.raises(UserError, match="give train_index and train_labels"):
+    with pytest.raises(UserError, match="a TermContext that has train_index and train_labels"):
         build_term("crd", 1.0, term_context(1, 1))
     context = sizes(1, 1, train_index=INDEX, train_labels=torch.full((n,), 3))
     with pytest.raises(UserError, match=r"method.terms.crd: .*two classes"):

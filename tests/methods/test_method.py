@@ -141,10 +141,11 @@ def raising_term():
 
 
 def test_a_term_that_returns_no_scalar_is_named(raising_term, monkeypatch):
-    monkeypatch.setattr(raising_term, "forward", lambda self, context: torch.ones(4))
-    method = build({"test_raises": {"weight": 1}}, temperature=None, assignment=None)
-    with pytest.raises(UserError, match=r"^method.terms.test_raises: must return a scalar, not values of shape \(4,\)"):
-        method(make_student(), None, make_batch())
+    for value, found in ((torch.ones(4), r"values of shape \(4,\)"), (None, "None")):
+        monkeypatch.setattr(raising_term, "forward", lambda self, context, value=value: value)
+        method = build({"test_raises": {"weight": 1}}, temperature=None, assignment=None)
+        with pytest.raises(UserError, match=f"^method.terms.test_raises: must return a scalar, not {found}"):
+            method(make_student(), None, make_batch())
 
 
 def test_a_term_of_weight_zero_is_neither_built_nor_evaluated(raising_term):

@@ -54,20 +54,19 @@ def failing(images, network):
 @pytest.mark.parametrize(("size", "stages"), [(32, ("stem",)), (20, ())])
 def test_a_network_of_one_image_size_keeps_its_classifier(size, stages):
     layers = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(size * size, 4))
-    (network,) = TeacherEnsemble([layers]).members
+    (network,) = TeacherEnsemble([layers], normalization="unit").members
     assert (network.stage_names, network.num_features, network.spec.num_classes) == (stages, size * size, 4)
     images = torch.rand(2, 3, size, size)
     assert torch.equal(network(images), layers(images))
 
 
-@pytest.mark.parametrize("statistics", [None, "imagenet", Normalization((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))])
+@pytest.mark.parametrize("statistics", ["unit", "imagenet", Normalization((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))])
 @pytest.mark.parametrize("wrapped", [None, by_brightness])
 def test_a_plain_module_teaches_what_it_computes(statistics, wrapped):
     module = plain() if wrapped is None else Wrapping(wrapped)
     teachers = TeacherEnsemble([module], normalization=statistics, num_classes=None if wrapped is None else 4)
     own = NORMALIZATIONS[statistics] if isinstance(statistics, str) else statistics
-    values = (own.mean, own.std) if own else ((0.0,), (1.0,))
-    mean, std = (torch.tensor(value).view(-1, 1, 1) for value in values)
+    mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (own.mean, own.std))
     module.eval()
     with torch.no_grad():
         torch.testing.assert_close(teachers(IMAGES).logits[0], module((IMAGES - mean) / std))
@@ -78,12 +77,14 @@ def test_a_module_keeps_its_own_hooks():
     module = plain()
     module.register_forward_hook(lambda own, given, logits: 2 * logits)
     expected = module.eval()(IMAGES)
-    torch.testing.assert_close(TeacherEnsemble([module], num_classes=4)(IMAGES).logits[0], expected)
+    torch.testing.assert_close(
+        TeacherEnsemble([module], normalization="unit", num_classes=4)(IMAGES).logits[0], expected
+    )
 
 
 def test_a_scripted_module_teaches():
     scripted = torch.jit.script(plain().eval())
-    teachers = TeacherEnsemble([scripted], num_classes=4)
+    teachers = TeacherEnsemble([scripted], normalization="unit", num_classes=4)
     torch.testing.assert_close(teachers(IMAGES).logits[0], scripted(IMAGES))
     assert not any(parameter.requires_grad for parameter in scripted.parameters())
 
@@ -107,7 +108,7 @@ def test_a_module_is_frozen_with_the_parts_that_no_stage_contains():
     module = plain()
     module.add_module("unused", nn.BatchNorm1d(3))
     module.forward = lambda images: nn.Sequential.forward(module[:6], images)
-    TeacherEnsemble([module], num_classes=4)
+    TeacherEnsemble([module], normalization="unit", num_classes=4)
     assert not any(part.training for part in module.modules())
     assert not any(parameter.requires_grad for parameter in module.parameters())
 
@@ -124,15 +125,17 @@ def nan_weights() -> nn.Module:
         (plain, {}, "teachers must be a list of modules, not a Sequential"),
         (lambda: ["resnet8"], {}, "must be a torch.nn.Module that returns logits, not a str"),
         (lambda: [BranchedStudent(SPEC, branches=2, split_after="stem")], {}, "not a BranchedStudent"),
-        (lambda: [plain(), plain(5)], {}, "'Sequential-0' has 4, 'Sequential-1' has 5"),
+        (lambda: [plain(), plain(5)], {"normalization": "unit"}, "'Sequential-0' has 4, 'Sequential-1' has 5"),
         (lambda: [plain()], {"num_classes": 3}, "num_classes=3: Sequential predicts 4 classes"),
         (lambda: [build_network(SPEC)], {"num_classes": 3}, "num_classes=3: 'resnet8' predicts 4 classes"),
         (lambda: [Wrapping(by_brightness)], {}, "Wrapping does not end with a linear layer: pass num_classes="),
         (lambda: [plain().double()], {}, r"weights of torch.float64, .* convert it by .float\(\)"),
         (lambda: [nan_weights()], {}, "weights that are infinite or NaN"),
         (lambda: [nn.Sequential(nn.LazyConv2d(3, 3))], {}, "lazy layers without weights; run it on images first"),
-        (lambda: [Wrapping(lambda images, network: (network(images), images))], {}, "returns several values"),
+        (lambda: [Wrapping(lambda images, network: (network(images), images))], {}, "several values .* wrap it"),
         (lambda: [Wrapping(lambda images, network: {"logits": network(images)})], {}, "returns several values"),
+        (lambda: [plain()], {}, r"normalization: must be given, .* unit \(images in \[0, 1\] as they are\)"),
+        (lambda: [build_network(SPEC), plain()], {"normalization": [None, None]}, "normalization: must be given"),
         (lambda: [plain()], {"normalization": "imagenett"}, "did you mean 'imagenet'"),
         (lambda: [plain()], {"normalization": ["unit", "unit"]}, "has 2 entries for 1 teachers"),
         (lambda: [build_network(SPEC)], {"normalization": "unit"}, "the network 'resnet8' has its own"),
@@ -152,11 +155,12 @@ def test_what_cannot_be_a_teacher_is_told(members, options, message):
             Wrapping(lambda images, network: functional.one_hot(network(images).argmax(1), 4)),
             "values .* of torch.int64",
         ),
+        (Wrapping(lambda images, network: network(images).softmax(1)), "returns probabilities, not logits"),
         (Wrapping(by_brightness, plain(5)), r"returns values \[2, 5\] for images .*, not logits \[2, 4\]"),
     ],
 )
 def test_a_network_without_logits_is_told_before_it_trains(module, message):
-    (network,) = TeacherEnsemble([module], num_classes=4).members
+    (network,) = TeacherEnsemble([module], normalization="unit", num_classes=4).members
     network.train()
     network.neck.eval()
     modes = [part.training for part in network.modules()]
@@ -178,7 +182,7 @@ def test_a_trial_changes_nothing():
 def test_the_mode_of_every_part_of_a_module_stays_its_own():
     module = plain().train()
     module[1].eval()  # a frozen batch norm
-    network = as_staged(module)
+    network = as_staged(module, "unit")
     images = ImageSet("own", "test", (IMAGES * 255).byte(), torch.zeros(3, dtype=torch.long), ("a",))
     predict(network, images, batch_size=2)
     assert [part.training for part in module] == [True, False, True, True, True, True]
@@ -187,7 +191,10 @@ def test_the_mode_of_every_part_of_a_module_stays_its_own():
 
 @pytest.mark.parametrize(("terms", "refused"), [("kd_ensemble", True), ("similarity", False)])
 def test_a_teacher_of_other_classes_teaches_features_alone(terms, refused):
-    teachers, student = TeacherEnsemble([plain(7)]), BranchedStudent(SPEC, branches=1, split_after="stem")
+    teachers, student = (
+        TeacherEnsemble([plain(7)], normalization="unit"),
+        BranchedStudent(SPEC, branches=1, split_after="stem"),
+    )
     context = TermContext.of(student, teachers.members, image_size=16, teacher_names=("seven",))
     settings = {terms: {"weight": 1.0}}
     if not refused:

@@ -58,7 +58,7 @@ def test_rows_agree_with_live_teachers_up_to_float16(ensemble, tmp_path):
 @pytest.mark.parametrize("include_pooled", [False, True])
 def test_a_teacher_without_a_linear_end_has_tables(tmp_path, include_pooled):
     layers = torch.nn.Sequential(torch.nn.Conv2d(3, C, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
-    ensemble = TeacherEnsemble([layers, tutors("resnet8").members[0]], num_classes=C)
+    ensemble = TeacherEnsemble([layers, tutors("resnet8").members[0]], normalization="unit", num_classes=C)
     batch = make_batch([3, 1], [0, 5])
     cold = tabled(ensemble, tmp_path, include_pooled=include_pooled)
     found, live = cold.outputs(batch), LiveTeachers(ensemble, PLAIN).outputs(batch)

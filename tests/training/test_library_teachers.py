@@ -60,6 +60,12 @@ def test_images_for_validation_only_are_kept_from_all_teachers(data):
     assert replace(everything, dataset=held_out).index().tolist() == [i for i in range(1436) if i != 3]
 
 
+def test_a_module_of_the_user_needs_a_normalization(data):
+    settings = TeacherSettings(pool=[{"module": "mine.make", "finetune": "all"}])
+    with pytest.raises(UserError, match=r"^teachers.pool\[0\].normalization: must be given, .* unit \(images in"):
+        plan_teachers(settings, data, "cpu")
+
+
 def test_a_teacher_is_taken_as_it_is(plan, weights):
     _, module = weights
     teachers = gather_teachers(plan(image_size=40))

@@ -251,7 +251,8 @@ class ContrastiveRepresentation(FeatureTerm):
         super().__init__(weight, context, (POOLED,), **options)
         if context.train_index is None or context.train_labels is None:
             raise UserError(
-                "crd keeps a memory bank of the training images; give train_index and train_labels to TermContext"
+                "crd keeps a memory bank of the training images, which ekd.method does not know: use ekd.distill, or "
+                "build_method with a TermContext that has train_index and train_labels"
             )
         features, self.negatives = count("features", features), count("negatives", negatives)
         self.tau = number("tau", tau, above=0.0)

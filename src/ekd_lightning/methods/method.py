@@ -12,8 +12,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from ekd_lightning.data.batches import as_batch
 from ekd_lightning.data.loader import Batch
-from ekd_lightning.errors import UserError
+from ekd_lightning.errors import UserError, require_type
 from ekd_lightning.methods.assignment import Assignment
 from ekd_lightning.methods.context import LiveNetworks, StepContext
 from ekd_lightning.methods.terms import Term
@@ -200,7 +201,7 @@ class Method(nn.Module):
         self,
         student: StudentOutput,
         teachers: TeacherOutput | None,
-        batch: Batch,
+        batch: Batch | Sequence[Tensor],
         epoch: int = 0,
         step: int = 0,
         progress: float = 0.0,
@@ -220,10 +221,10 @@ class Method(nn.Module):
         the same `active_terms`, all of which must have `captures`.
 
         Args:
-            student: Outputs for the batch, logits [B, C], branch logits [K, B, C].
+            student: Outputs for the batch, logits [B, C], branch logits [K, B, C]: `student.outputs(images)`.
             teachers: Outputs for the same images, logits [M, B, C]; None if no active term needs them, see
                 `teacher_needs`.
-            batch: The batch.
+            batch: The batch, or its (images, labels): images [B, 3, H, W] in [0, 1], labels int [B].
             epoch: Counted from 0.
             step: Optimiser steps so far, counted from 0.
             progress: Completed share of the training, in [0, 1].
@@ -236,9 +237,18 @@ class Method(nn.Module):
             The total and every term's unweighted value.
 
         Raises:
-            UserError: If an active term needs teacher outputs or networks that are missing, or if K or M differ from
-                those that the method was built for.
+            UserError: If an active term needs teacher outputs or networks that are missing, if K or M differ from
+                those that the method was built for, or if a value is of another kind.
         """
+        require_type("student: the outputs of the student, student.outputs(images),", student, StudentOutput)
+        if teachers is not None:
+            require_type(
+                "teachers: the outputs of the teachers, teachers(images, method.teacher_stages),",
+                teachers,
+                TeacherOutput,
+            )
+        if not isinstance(batch, Batch):
+            batch = as_batch(batch, student.logits.shape[1])
         active = self.active_terms(progress)
         if teachers is None and any(term.needs_teachers for term in active.values()):
             raise UserError(f"method {self.name!r} needs the teachers' outputs; pass teachers=")
@@ -259,8 +269,9 @@ class Method(nn.Module):
         labelled = context if batch.num_labelled is None else context.labelled
         values = {key: term(labelled if term.needs_labels else context) for key, term in active.items()}
         for key, value in values.items():
-            if value.dim():
-                raise UserError(f"method.terms.{key}: must return a scalar, not values of shape {tuple(value.shape)}")
+            if not isinstance(value, Tensor) or value.dim():
+                found = f"values of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+                raise UserError(f"method.terms.{key}: must return a scalar, not {found}")
         factors: Mapping[str, float | Tensor] = self.weights_at(progress) if weights is None else weights
         weighted = [factors[key] * values[key] for key in active]
         if self.changes:

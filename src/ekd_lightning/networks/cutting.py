@@ -98,7 +98,9 @@ def cut(module: nn.Module, image_size: int | None = None, stages: Mapping[str, s
             ) from None
         return Parts(neck=module)
     if several:
-        raise UserError(f"{type(module).__name__} returns several values or a container, not a tensor of logits alone")
+        raise UserError(
+            f"{type(module).__name__} returns several values or a container: wrap it in a module that returns logits"
+        )
     with keeping_modes(module):
         whole.train(module.training)
     classifier = _classifier(whole, graph, head)

@@ -346,7 +346,7 @@ def _users_function(name: str, path: str) -> Callable[..., Any]:
     """Finds a function that is defined, not merely imported, in a module that the user has allowed."""
     package, _, function = path.rpartition(".")
     if package not in sys.modules or not _is_allowed(package):
-        raise UserError(f"network {name!r}: module {package!r} is not imported (imports=[{package}] imports it)")
+        raise UserError(f"network {name!r}: module {package!r} is not among imports: add imports=[{package}]")
     functions = {
         own: value
         for own, value in vars(sys.modules[package]).items()

@@ -15,6 +15,10 @@ from ekd_lightning.networks.spec import NORMALIZATIONS, NetworkSpec, Normalizati
 from ekd_lightning.networks.staged import ImageSize, StagedNetwork, sides
 from ekd_lightning.networks.student import BranchedStudent
 
+STATISTICS = f"one of {', '.join(sorted(NORMALIZATIONS))} (images in [0, 1] as they are)"
+"""What may be given, for messages."""
+_ROUNDING = 1e-3  # of probabilities, also in half precision
+
 
 def as_staged(
     module: nn.Module, statistics: Normalization | str | None = None, num_classes: int | None = None
@@ -25,13 +29,13 @@ def as_staged(
 
     Args:
         module: Maps images [B, 3, H, W] to logits [B, C]. Its layers are shared, not copied.
-        statistics: The normalisation of its images, or its name; None if it takes images in [0, 1] as they are. A
-            `StagedNetwork`, which is returned as it is, has its own.
+        statistics: The normalisation of its images, or its name; `unit` if it takes images in [0, 1] as they are. None
+            for a `StagedNetwork`, which has its own and is returned as it is.
         num_classes: C; None for the outputs of the linear layer at the module's end.
 
     Raises:
-        UserError: If it is no module, returns more than logits, is not in float32, has a normalisation of its own or an
-            unknown one, or another or an unknown number of classes.
+        UserError: If it is no module, returns more than logits, is not in float32, has a normalisation of its own, none
+            or an unknown one, or another or an unknown number of classes.
     """
     kind = type(module).__name__
     if not isinstance(module, nn.Module) or isinstance(module, BranchedStudent):
@@ -57,8 +61,12 @@ def as_staged(
         raise UserError(f"{kind} does not end with a linear layer: pass num_classes=")
     if num_classes not in (None, found):
         raise UserError(f"num_classes={num_classes}: {kind} predicts {found} classes")
-    name = "unit" if statistics is None else statistics
-    spec = NetworkSpec(kind, found, NORMALIZATIONS[name] if isinstance(name, str) else name)
+    if statistics is None:
+        raise UserError(
+            f"normalization: must be given, as {kind} does not say what it was trained with: {STATISTICS}, or "
+            "Normalization(mean, std)"
+        )
+    spec = NetworkSpec(kind, found, NORMALIZATIONS[statistics] if isinstance(statistics, str) else statistics)
     network = StagedNetwork(spec, parts.stages, parts.num_features, neck=parts.neck, head=parts.head)
     with keeping_modes(module):
         network.train(module.training)
@@ -79,7 +87,7 @@ def check_outputs(network: StagedNetwork | BranchedStudent, image_size: ImageSiz
     `where` is the setting that names the network, for the message.
 
     Raises:
-        UserError: If it fails, or does not return floating-point logits [2, C].
+        UserError: If it fails, or does not return floating-point logits [2, C]; probabilities are none.
     """
     device = next(network.buffers()).device
     images = torch.zeros(2, 3, *sides(image_size), device=device)
@@ -103,3 +111,5 @@ def check_outputs(network: StagedNetwork | BranchedStudent, image_size: ImageSiz
         raise UserError(
             f"{label} returns values {list(logits.shape)}{kind} for images {list(images.shape)}, not logits {wanted}"
         )
+    if wanted[1] > 1 and (logits >= 0).all() and ((logits.sum(1) - 1).abs() < _ROUNDING).all():
+        raise UserError(f"{label} returns probabilities, not logits: leave out its softmax")

@@ -89,6 +89,11 @@ def build_network(spec: NetworkSpec) -> StagedNetwork:
     Raises:
         UserError: for an unknown name, an unknown option, or an option's value that is not allowed.
     """
+    if not isinstance(spec, NetworkSpec):
+        raise UserError(
+            f"spec must be a NetworkSpec, not a {type(spec).__name__}: register_network gives a network of your own a "
+            "name, and NetworkSpec(name, num_classes=..., normalization=...) describes it"
+        )
     network = _build(spec)
     return network if spec.projection is None else project(network, spec.projection)
 

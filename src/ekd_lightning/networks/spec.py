@@ -76,8 +76,8 @@ class NetworkSpec:
             this width, see `projection.project`. None for the network itself.
 
     Raises:
-        UserError: when the class count, the image size or the projection is not an integer of at least 1, or an option
-            is not JSON-able.
+        UserError: when the class count, the image size or the projection is not an integer of at least 1, an option is
+            not JSON-able, or the normalisation is no `Normalization`.
     """
 
     name: str
@@ -88,6 +88,11 @@ class NetworkSpec:
     projection: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.normalization, Normalization):
+            raise UserError(
+                f"network {self.name!r}: normalization={self.normalization!r:.60} must be a Normalization; "
+                "normalization(NAME) looks one up"
+            )
         for key in _OPTIONAL:
             size = getattr(self, key)
             if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):

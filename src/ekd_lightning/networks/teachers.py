@@ -66,14 +66,14 @@ class TeacherEnsemble(nn.Module):
                 from images [B, 3, H, W] to logits [B, C]. A module that ends with a linear layer also has pooled
                 features, and one that torch.fx can trace has stages.
             identities: their identities, in the same order; None for the class or network and the position as id.
-            normalization: `Normalization` (or its name, such as `imagenet`) of the images of plain modules, one for all
-                or one for each member; None for modules that take images in [0, 1] as they are. A `StagedNetwork` has
-                its own.
+            normalization: `Normalization` (or its name, such as `imagenet`) that plain modules were trained with, one
+                for all or one for each member; `unit` if they take images in [0, 1] as they are. A `StagedNetwork` has
+                its own: None.
             num_classes: C; needed for modules that do not end with a linear layer.
 
         Raises:
             UserError: when there are no members, their numbers of classes differ, a module cannot be a teacher, or
-                there is neither one normalisation nor one for each member.
+                a plain module has no normalisation, or there is neither one nor one for each member.
             ValueError: when there is not one identity for each member.
         """
         super().__init__()
@@ -153,12 +153,6 @@ class TeacherEnsemble(nn.Module):
             found = state_sha256(member)
             if found != identity.sha256:
                 raise RuntimeError(f"teacher {identity.id!r} has changed: SHA-256 {found}, was {identity.sha256}")
-
-
-def require_ensemble(teachers: object) -> None:
-    """Raises a `UserError` for anything but an ensemble, such as a list of networks."""
-    if not isinstance(teachers, TeacherEnsemble):
-        raise UserError(f"teachers must be a TeacherEnsemble, not a {type(teachers).__name__}: TeacherEnsemble([...])")
 
 
 def _for_each(statistics: _Statistics | Sequence[_Statistics], members: Sequence[nn.Module]) -> list[_Statistics]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import Any, cast
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ekd_lightning.data.datamodule import ImageDataModule
 from ekd_lightning.data.loader import Batch, IndexBatch, TrainLoader
-from ekd_lightning.errors import UserError, one_line
+from ekd_lightning.errors import UserError, one_line, require_type
 from ekd_lightning.evaluation.efficiency import count_macs
 from ekd_lightning.methods import Method, Term
 from ekd_lightning.methods.assignment import make_assignment
@@ -27,7 +28,6 @@ from ekd_lightning.networks.frozen import NetworkAccess
 from ekd_lightning.networks.own import unknown_to
 from ekd_lightning.networks.projection import reuse_classifiers
 from ekd_lightning.networks.staged import ImageSize, StudentOutput
-from ekd_lightning.networks.teachers import require_ensemble
 from ekd_lightning.settings import RecipeSettings
 from ekd_lightning.teachers.hardware import compiled_or_not
 from ekd_lightning.teachers.source import LiveTeachers, TeacherSource
@@ -64,8 +64,8 @@ class Distiller(TrainingModule):
         recipe_key: Dotted key of the recipe in the configuration, for messages.
 
     Raises:
-        UserError: If the method compares classes that a teacher does not know, or was built for other numbers of
-            branches and teachers.
+        UserError: If an argument is of another class, the recipe has an impossible value, or the method compares
+            classes that a teacher does not know or was built for other numbers of branches and teachers.
     """
 
     def __init__(
@@ -82,9 +82,13 @@ class Distiller(TrainingModule):
         capture: str = "auto",
         recipe_key: str = "recipe",
     ) -> None:
+        require_type("student", student, BranchedStudent)
+        require_type("method", method, Method)
+        require_type("recipe", recipe, RecipeSettings)
+        require_type("teachers", teachers, TeacherEnsemble, NoneType)
+        RecipeSettings().changed(asdict(recipe), recipe_key)  # checks it
         super().__init__(student, method, recipe, channels_last=channels_last, capture=capture, recipe_key=recipe_key)
         if method.needs_teachers and teachers is not None:  # a method may be built before they are loaded
-            require_ensemble(teachers)
             method.check_sizes(student.num_branches, teachers.num_teachers)
             unknown = [unknown_to(member, student.num_classes) for member in teachers.members]
             names = [repr(identity.id) for identity in teachers.identities]
@@ -179,7 +183,7 @@ class Distiller(TrainingModule):
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)
 
     def setup(self, stage: str) -> None:
-        """Refuses to train without the teachers that the method needs; warns of epochs after the end of the recipe."""
+        """Refuses to train without the teachers that the method needs; warns of settings without effect."""
         if stage == "fit" and self.method.needs_teachers and self.teachers is None:
             raise UserError(f"the method {self.method.name!r} needs teachers to train: pass teachers=...")
         if stage == "fit" and (self.trainer.max_epochs or 0) > self.recipe.epochs:
@@ -188,6 +192,9 @@ class Distiller(TrainingModule):
                 "the learning rate stays at its last value after them",
                 stacklevel=2,
             )
+        mixed = self.recipe.mixed(self.recipe_key)
+        if stage == "fit" and mixed and getattr(getattr(self.trainer, "datamodule", None), "mixing", None) is None:
+            warnings.warn(f"{mixed} has no effect: ImageDataModule(mixing=...) mixes images", stacklevel=2)
 
     def on_fit_start(self) -> None:
         """Opens the source of teacher outputs in this process."""

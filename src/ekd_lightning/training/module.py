@@ -14,6 +14,7 @@ from pytorch_lightning.strategies import SingleDeviceStrategy
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
+from ekd_lightning.data.batches import as_batch, as_images
 from ekd_lightning.data.datamodule import ImageDataModule
 from ekd_lightning.data.loader import Batch, IndexBatch, TrainLoader
 from ekd_lightning.errors import UserError
@@ -22,7 +23,6 @@ from ekd_lightning.methods import Method
 from ekd_lightning.networks import BranchedStudent
 from ekd_lightning.networks.staged import in_memory_format
 from ekd_lightning.settings import RecipeSettings
-from ekd_lightning.training.batches import as_batch, as_images
 from ekd_lightning.training.recorded_step import EpochRows, RecordedStep, StepValues, why_not_recorded
 from ekd_lightning.training.steps import StepLog, WeightAverage, make_optimizer, memory_format
 

@@ -29,7 +29,7 @@ from ekd_lightning.networks import (
 from ekd_lightning.networks.convert import KEY_MAPS, load_foreign
 from ekd_lightning.networks.cutting import ABSENT, select_classes
 from ekd_lightning.networks.library import PUBLISHED, from_hub, load_library_network, positions, usual, weight_classes
-from ekd_lightning.networks.own import check_outputs
+from ekd_lightning.networks.own import STATISTICS, check_outputs
 from ekd_lightning.networks.registry import library_version
 from ekd_lightning.networks.staged import sides
 from ekd_lightning.networks.weights import read_spec
@@ -242,6 +242,10 @@ def _plan_library(
     settings: TeacherSettings, entry: TeacherEntry, key: str, data: TeacherData, accelerator: str
 ) -> PlannedTeacher:
     """Plans a network of another library, with its published weights or fine-tuned on the data."""
+    if entry.module and not entry.normalization:
+        raise UserError(
+            f"{key}.normalization: must be given, as a module does not say what it was trained with: {STATISTICS}"
+        )
     if not entry.hub:
         given = entry.weights not in (None, PUBLISHED)
         path = Path(str(entry.weights)) if given else None

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ekd_lightning.data.batches import as_batch, as_images
 from ekd_lightning.errors import UserError
-from ekd_lightning.training.batches import as_batch, as_images
 
 IMAGES, LABELS = torch.rand(4, 3, 8, 8), torch.tensor([0, 4, 2, 1])
 

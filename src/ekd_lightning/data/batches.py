@@ -24,13 +24,13 @@ def as_batch(given: Any, num_classes: int) -> Batch:
     """
     if not isinstance(given, tuple | list) or len(given) != 2:
         found = f"a {type(given).__name__}" + (f" of {len(given)}" if isinstance(given, tuple | list | dict) else "")
-        raise UserError(f"a batch of a data loader must be (images, labels), not {found}")
+        raise UserError(f"a batch must be (images, labels), not {found}")
     images, labels = given
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dim() != 1:
         found = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else f"a {type(labels).__name__}"
-        raise UserError(f"labels of a data loader must be integers [B], not {found}")
+        raise UserError(f"labels must be integers [B], not {found}")
     if isinstance(images, Tensor) and not 0 < len(labels) == len(images):
-        raise UserError(f"a batch of a data loader has {len(images)} images and {len(labels)} labels")
+        raise UserError(f"a batch has {len(images)} images and {len(labels)} labels")
     images = as_images(images, (labels, num_classes))
     unknown = torch.full_like(labels, -1, dtype=torch.int64)
     return Batch(images, labels.long(), unknown, unknown, torch.ones_like(labels, dtype=torch.bool))
@@ -44,7 +44,7 @@ def as_images(images: Any, labels: tuple[Tensor, int] | None = None) -> Tensor:
     Raises:
         UserError: If they are something else, or a label lies outside 0 .. C-1.
     """
-    wanted = "images of a data loader must be floating point in [0, 1], [B, 3, H, W] or [B, 1, H, W]"
+    wanted = "images must be floating point in [0, 1], [B, 3, H, W] or [B, 1, H, W]"
     if not isinstance(images, Tensor) or images.dim() != 4 or images.shape[1] not in (1, 3):
         found = f"{list(images.shape)}" if isinstance(images, Tensor) else f"a {type(images).__name__}"
         raise UserError(f"{wanted}, not {found}")
@@ -56,5 +56,5 @@ def as_images(images: Any, labels: tuple[Tensor, int] | None = None) -> Tensor:
     if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
         raise UserError(f"{wanted}, but span {low:.4g} to {high:.4g}; networks normalise them")
     if first < 0 or last > known[1]:
-        raise UserError(f"labels of a data loader must be in 0 .. {known[1]}, but span {first:.0f} to {last:.0f}")
+        raise UserError(f"labels must be in 0 .. {known[1]}, but span {first:.0f} to {last:.0f}")
     return images.float().expand(-1, 3, -1, -1)
