@@ -38,7 +38,8 @@ from ekd_lightning.networks import (
 from ekd_lightning.networks import library as libraries
 from ekd_lightning.networks.cutting import UNKNOWN_LOGIT, cut, unknown_classes
 from ekd_lightning.networks.frozen import FrozenNetwork, FrozenStudent
-from ekd_lightning.networks.library import allow_module, from_hub, load_library_network, positions, usual
+from ekd_lightning.networks.library import allow_module, from_hub, usual
+from ekd_lightning.networks.library_weights import load_library_network, positions
 from ekd_lightning.networks.staged import GlobalPool, StagedNetwork, he_initialised
 from ekd_lightning.networks.weights import answers_sha256
 from ekd_lightning.settings import RecipeSettings

@@ -11,17 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ekd_lightning.errors import UserError, few, one_line, raised, require, unknown_name
+from ekd_lightning.errors import UserError, one_line, raised, require, unknown_name
 from ekd_lightning.files import read_json
-from ekd_lightning.networks.cutting import ABSENT, cut, select_classes
+from ekd_lightning.networks.cutting import cut
 from ekd_lightning.networks.hub import fetch
 from ekd_lightning.networks.registry import LIBRARIES
 from ekd_lightning.networks.spec import NORMALIZATIONS, NetworkSpec, Normalization
 from ekd_lightning.networks.staged import StagedNetwork
-from ekd_lightning.networks.weights import read_foreign_checkpoint
 
 PUBLISHED = "DEFAULT"
 """Name of the weights that the library publishes for a network."""
@@ -144,148 +142,25 @@ def make_module(name: str, num_classes: int, options: Mapping[str, Any], pretrai
 
 def build_library_network(spec: NetworkSpec) -> StagedNetwork:
     """Builds a network of a library with new weights, initialised by the library; raises as `make_module` and `cut`."""
-    module = make_module(spec.name, spec.num_classes, _own_options(spec))
+    network = as_network(spec, make_module(spec.name, spec.num_classes, own_options(spec)))
+    head = network.head
+    if isinstance(head, nn.Linear) and head.out_features != spec.num_classes:  # functions do not get num_classes
+        network.head = nn.Linear(head.in_features, spec.num_classes)
+    return network.train()
+
+
+def as_network(spec: NetworkSpec, module: nn.Module) -> StagedNetwork:
+    """Cuts a module of a library into a staged network; raises as `cut`."""
     size = fixed_size(spec)
     parts = cut(module, size or spec.image_size, spec.options.get(_STAGES))
-    head = parts.head
-    if isinstance(head, nn.Linear) and head.out_features != spec.num_classes:  # functions do not get num_classes
-        head = nn.Linear(head.in_features, spec.num_classes)
-    return StagedNetwork(spec, parts.stages, parts.num_features, neck=parts.neck, head=head, fixed_size=size).train()
+    return StagedNetwork(spec, parts.stages, parts.num_features, neck=parts.neck, head=parts.head, fixed_size=size)
 
 
 LIBRARIES.update(dict.fromkeys(("timm", "torchvision", "module"), build_library_network))
 
 
-def load_library_network(
-    spec: NetworkSpec,
-    weights: Path | None,
-    *,
-    classes: Sequence[int] | None = None,
-    state_key: str | None = None,
-    fresh_head: bool = False,
-) -> StagedNetwork:
-    """Builds a network of a library with trained weights.
-
-    Args:
-        spec: The network's spec, with the data's number of classes.
-        weights: A safetensors file or a checkpoint with the library's tensor names; None for the weights that the
-            library publishes.
-        classes: For each class of the data its position among those of the weights, see `positions`. A class that the
-            weights lack has the logit `cutting.UNKNOWN_LOGIT`. None if the classes are the same.
-        state_key: Key of the weights in a checkpoint; None tries the usual keys.
-        fresh_head: Whether a new classifier for the data's classes replaces the trained one.
-
-    Returns:
-        The network on the CPU, in eval mode. The global random generator is advanced only for a fresh head.
-
-    Raises:
-        UserError: If the weights do not fit the network, or their classes do not fit the data's.
-    """
-    size = fixed_size(spec)
-    with torch.random.fork_rng(devices=[]):
-        module = _filled(spec, weights, state_key)
-        parts = cut(module.eval(), size or spec.image_size, spec.options.get(_STAGES))
-    head: nn.Module = parts.head
-    if fresh_head or classes is not None:
-        if not isinstance(head, nn.Linear):
-            raise UserError(
-                f"network {spec.name!r} does not end with a linear layer, so its classes cannot be changed; remove "
-                "classes and finetune=head, or choose another network"
-            )
-        if fresh_head:
-            head = nn.Linear(head.in_features, spec.num_classes, head.bias is not None)
-        else:
-            assert classes is not None
-            head = select_classes(head, positions(spec, classes, (), head.out_features))
-    if isinstance(head, nn.Linear) and head.out_features != spec.num_classes:
-        raise UserError(
-            f"teacher {spec.name!r} predicts {head.out_features} classes, the data has {spec.num_classes}: map them "
-            "with classes=[..], or train a new head with finetune=head"
-        )
-    network = StagedNetwork(spec, parts.stages, parts.num_features, neck=parts.neck, head=head, fixed_size=size)
-    return network.eval()
-
-
-def _filled(spec: NetworkSpec, weights: Path | None, state_key: str | None) -> nn.Module:
-    """Builds the module with its trained weights and their number of classes."""
-    options = _own_options(spec)
-    if weights is None:
-        if spec.name.startswith("module:"):
-            return make_module(spec.name, spec.num_classes, options)  # the function itself loads weights
-        return make_module(spec.name, spec.num_classes, options, pretrained=True)
-    state = read_foreign_checkpoint(weights, state_key)
-    # A function of the user does not get the number of classes, so it need not be determined.
-    predicted = spec.num_classes if spec.name.startswith("module:") else _classes_in(spec, state)
-    module = make_module(spec.name, predicted, options)
-    own = module.state_dict()
-    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
-    unexpected = [name for name in state if name not in own]
-    shapes = [name for name in own if name in state and own[name].shape != state[name].shape]
-    problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-    if any(problems.values()):
-        shown = [f"{kind}: {few(names)}" for kind, names in problems.items() if names]
-        raise UserError(f"{weights} does not fit network {spec.name!r}: {'; '.join(shown)}")
-    module.load_state_dict({**own, **state})
-    return module
-
-
-def weight_classes(spec: NetworkSpec, weights: Path | None, state_key: str | None = None) -> int:
-    """Returns the number of classes of trained weights, before they are loaded; see `load_library_network`.
-
-    That of the spec is returned for a network without layers.
-
-    Raises:
-        UserError: As `load_library_network`.
-    """
-    if weights is None and (published := usual(spec.name)):
-        return published.num_classes
-    return _classes_in(spec, read_foreign_checkpoint(weights, state_key) if weights else {})
-
-
-def _classes_in(spec: NetworkSpec, state: Mapping[str, Tensor]) -> int:
-    """Returns the outputs of the last layer: from the file if it has the layer, else from the module."""
-    own = spec.name.startswith("module:")  # a function of the user may load its own weights
-    with torch.random.fork_rng(devices=[]), torch.device("cpu" if own else "meta"):
-        module = make_module(spec.name, spec.num_classes, _own_options(spec))
-    layers = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)}
-    if not layers:
-        return spec.num_classes
-    last = [*layers][-1]
-    return state.get(f"{last}.weight", layers[last].weight).shape[0]
-
-
-def positions(spec: NetworkSpec, classes: Sequence[int | str], class_names: Sequence[str], predicted: int) -> list[int]:
-    """Returns the position of each class of the data among the classes of the weights; `ABSENT` if they lack it.
-
-    `classes` is the user's setting: positions, or the names of all classes of the weights, in their order. The weights
-    predict `predicted` classes, and the spec has the data's number of classes.
-
-    Raises:
-        UserError: For a wrong number of positions or names, a position out of range, or if no name is one of the
-            data's.
-    """
-    if all(isinstance(one, str) for one in classes):
-        if len(classes) != predicted:
-            raise UserError(
-                f"teacher {spec.name!r}: classes names {len(classes)} classes, but its weights predict {predicted}; "
-                "give the names of all of them, in their order"
-            )
-        known = [str(one).casefold() for one in classes]
-        found = [known.index(name.casefold()) if name.casefold() in known else ABSENT for name in class_names]
-        if max(found, default=ABSENT) == ABSENT:
-            raise UserError(f"teacher {spec.name!r}: none of its classes is one of the data's ({few(class_names)})")
-        return found
-    possible = range(ABSENT, predicted)
-    if len(classes) != spec.num_classes or any(one not in possible for one in classes):
-        raise UserError(
-            f"teacher {spec.name!r}: classes={list(classes)} must be {spec.num_classes} positions in "
-            f"0 .. {predicted - 1} (-1: not known), one for each class of the data, or the names of all "
-            f"{predicted} classes of the teacher"
-        )
-    return [int(one) for one in classes]
-
-
-def _own_options(spec: NetworkSpec) -> dict[str, Any]:
+def own_options(spec: NetworkSpec) -> dict[str, Any]:
+    """Returns the options of a network for the library, which does not know `stages`."""
     return {name: value for name, value in spec.options.items() if name != _STAGES}
 
 

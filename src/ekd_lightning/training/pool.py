@@ -28,7 +28,8 @@ from ekd_lightning.networks import (
 )
 from ekd_lightning.networks.convert import KEY_MAPS, load_foreign
 from ekd_lightning.networks.cutting import ABSENT, select_classes
-from ekd_lightning.networks.library import PUBLISHED, from_hub, load_library_network, positions, usual, weight_classes
+from ekd_lightning.networks.library import PUBLISHED, from_hub, usual
+from ekd_lightning.networks.library_weights import load_library_network, positions, weight_classes
 from ekd_lightning.networks.own import STATISTICS, check_outputs
 from ekd_lightning.networks.registry import library_version
 from ekd_lightning.networks.staged import sides
