@@ -48,5 +48,7 @@ def quiet_libraries() -> None:
         ".*Total length of .* across ranks is zero.*",  # a teacher has no validation images
         ".*is smaller than the logging interval.*",  # curves are per epoch
         ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
+        "Grad strides do not match bucket view strides.*",  # of 1 x 1 convolutions in channels_last, told by each rank
+        ".*srun. command is available.*",  # most runs need none; the number of processes is checked
     ):
         warnings.filterwarnings("ignore", message)

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,8 @@ from ekd_lightning.studies import multirun
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch):
-    for name in ("HYDRA_FULL_ERROR", *directory._LAUNCH_ENV, "RANK", "SLURM_PROCID", "TORCHELASTIC_RUN_ID"):
+    others = ("RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_JOB_NAME", "TORCHELASTIC_RUN_ID")
+    for name in ("HYDRA_FULL_ERROR", *directory._LAUNCH_ENV, *others):
         monkeypatch.setenv(name, "")  # so that it is restored whatever happens to it
         monkeypatch.delenv(name)
 
@@ -137,6 +139,11 @@ def terminated() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def warned_by_slurm() -> None:
+    os.kill(os.getpid(), signal.SIGUSR1)
+    terminated()
+
+
 def terminated_twice() -> None:
     try:
         terminated()
@@ -159,17 +166,18 @@ def told_before() -> None:
         (told_before, "inner: interrupted", 130),
         (terminated, "ekd-x: interrupted", 143),
         (terminated_twice, "ekd-x: interrupted: to continue: ekd-y", 143),
+        (warned_by_slurm, "ekd-x: interrupted", 143),
         (fail(SIGTERMException()), "ekd-x: interrupted", 143),
     ],
 )
 def test_an_interruption_is_one_line(capsys, body, line, code):
-    before = signal.getsignal(signal.SIGTERM)
+    before = [signal.getsignal(number) for number in edge._ENDING]
     for _ in range(2):  # a second command of the same process ends in the same way
         with pytest.raises(SystemExit) as stop:
             run_program("ekd-x", body)
         assert stop.value.code == code
         assert capsys.readouterr().err == line + "\n"
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert [signal.getsignal(number) for number in edge._ENDING] == before
 
 
 def test_a_fork_that_is_terminated_dies_by_the_signal(monkeypatch):
@@ -220,7 +228,10 @@ def sweep_job(tmp_path, monkeypatch):
     return cfg
 
 
-def test_other_ranks_repeat_this_job_and_nothing_is_left_behind(sweep_job, tmp_path):
+@pytest.mark.parametrize("name", ["SLURM_PROCID", "X"])
+def test_other_ranks_repeat_this_job_and_nothing_is_left_behind(sweep_job, tmp_path, monkeypatch, name):
+    """Also in a batch script or a shell of SLURM, which starts no ranks itself."""
+    monkeypatch.setenv(name, "0")
     before = list(sys.argv)
     with directory.ddp_reruns_this_job(tmp_path / "1"):
         job = ["seed=1", "recipe.lr=0.1", "+hydra.searchpath=[file://own]", "hydra.mode=RUN"]
@@ -255,6 +266,7 @@ def test_also_after_a_failure(sweep_job):
 @pytest.mark.parametrize("name", ["LOCAL_RANK", "RANK", "SLURM_PROCID", "TORCHELASTIC_RUN_ID"])
 def test_a_rank_that_others_started_is_left_alone(sweep_job, monkeypatch, name):
     monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
     before = list(sys.argv)
     with directory.ddp_reruns_this_job(Path("x")):
         assert sys.argv == before
@@ -317,6 +329,25 @@ def as_ranks(request, tmp_path, monkeypatch):
 def test_all_processes_of_a_job_are_told_the_directory_of_the_first(as_ranks, tmp_path):
     told = as_ranks(lambda: directory.agree("hydra.run.dir", lambda: tmp_path / "it's"))
     assert told == 3 * [str(tmp_path / "it's")]
+
+
+@pytest.mark.parametrize("as_ranks", ["slurm"], indirect=True)
+def test_the_next_job_of_an_array_may_have_the_next_port(as_ranks, tmp_path, monkeypatch):
+    """Lightning derives a job's port from its number."""
+    monkeypatch.setattr(directory, "_PATIENCE", timedelta(seconds=30))
+    with socket.create_server(("127.0.0.1", int(os.environ["MASTER_PORT"]) + 1)):
+        told = as_ranks(lambda: directory.agree("hydra.run.dir", lambda: tmp_path))
+    assert told == 3 * [str(tmp_path)]
+
+
+def test_tasks_that_do_not_come_are_one_line(monkeypatch):
+    """In a batch script, the command was started without srun."""
+    given = {"JOB_ID": "70001", "NTASKS": "2", "NTASKS_PER_NODE": "2", "JOB_NAME": "x", "PROCID": "0", "NODELIST": "n"}
+    for name, value in given.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setattr(dist, "TCPStore", lambda *_, **__: fail(RuntimeError("1/2 clients joined"))())
+    with pytest.raises(UserError, match=r"the 2 tasks .* n:25001 within 5 minutes; .* srun \(1/2 clients joined\)"):
+        directory.agree("hydra.run.dir", lambda: Path("x"))
 
 
 @pytest.mark.parametrize("why", ["finished", "in use"])

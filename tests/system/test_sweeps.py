@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
+from pytorch_lightning import Callback
 from whole_runs import TINY, Outcome, call_train
 
 from ekd_lightning.cli import train as program
@@ -20,6 +22,17 @@ SHORT = ("trainer.limit_train_batches=1", "trainer.limit_val_batches=1")
 def sweep(folder: Path, store: Path, *words: str) -> Outcome:
     own = (f"teachers.store={store}", f"hydra.sweep.dir={folder}")
     return call_train("-m", *TINY, *SHORT, *own, *words, directory=folder)
+
+
+class Killer(Callback):
+    """Ends the process in an epoch, as submitit's handler of its signal does."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.current_epoch == self.epoch:
+            sys.exit(-1)
 
 
 @pytest.fixture(scope="module")
@@ -211,3 +224,21 @@ def test_a_resumed_sweep_is_checked_and_goes_on_without_a_job_that_can_never_run
     assert outcome.code == 1
     assert "job 1 failed before and is left out: student.branches=0: must be at least 1" in caplog.messages
     assert "2 of 3 runs done, 1 failed" in outcome.out
+
+
+def test_a_job_that_submitit_starts_again_continues(tmp_path, store, monkeypatch):
+    """After a preemption it calls the job once more, with the same overrides."""
+    killers, run_job = [Killer(1), None], program.run_job
+
+    def preempted(cfg):
+        with pytest.raises(SystemExit):
+            run_job(cfg)
+        return run_job(cfg)
+
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    monkeypatch.setattr(program, "build_callbacks", lambda _: [one for one in [killers.pop(0)] if one])
+    monkeypatch.setattr(program, "run_job", preempted)
+    outcome = sweep(tmp_path / "sweep", store, "method=branched_ce", "recipe.epochs=3", "seed=0")
+    assert outcome.code == 0, outcome.err
+    result, first = (json.loads((tmp_path / "sweep/0" / f"{n}.json").read_text()) for n in ("result", "provenance"))
+    assert (result["epochs_done"], result["steps"], len(first["resumed"])) == (3, 3, 1)

@@ -63,6 +63,7 @@ def eight_cores(monkeypatch):
     before = torch.get_num_threads()
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(hardware, "usable_cores", lambda: 8)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
     yield
     torch.set_num_threads(before)
 
@@ -80,6 +81,13 @@ def test_what_is_busy_is_left_to_others(monkeypatch, busy, left, caplog):
     with caplog.at_level("INFO"):
         assert choose() == left
     assert [f"8 cores, {busy} of them busy" in record.message for record in caplog.records] == [True]
+
+
+@pytest.mark.usefixtures("eight_cores")
+def test_jobs_on_the_other_cores_of_a_shared_machine_do_not_count(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(hardware, "busy_threads", lambda: 40)
+    assert choose() == 8
 
 
 @pytest.mark.parametrize(
@@ -139,6 +147,7 @@ def test_a_busy_process_is_seen():
 @pytest.mark.usefixtures("eight_cores")
 def test_a_resumed_run_takes_the_threads_it_had(train, resume, tmp_path, monkeypatch):
     monkeypatch.setattr(hardware, "usable_cores", lambda: 3)  # more threads than real cores are slow
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
     monkeypatch.setattr(hardware, "busy_threads", lambda: 1)
     stopped = train(tmp_path / "run", "recipe.epochs=2", "trainer.max_steps=4")
     assert stopped.json("provenance.json")["threads"] == 2

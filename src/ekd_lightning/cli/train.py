@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -100,6 +101,8 @@ def run_job(cfg: DictConfig, program: str | None = None) -> float | None:
     Other ranks run the file `program` for it; None stands for that of the command that was called.
     """
     output = JobOutput(cfg)
+    if "SUBMITIT_EXECUTOR" in os.environ and not cfg.overwrite:  # submitit starts a job anew after a preemption
+        _resume_left(cfg, output.directory)
     with output.anchored(), ddp_reruns_this_job(output.directory, program):
         if HydraConfig.get().mode != RunMode.MULTIRUN:
             with one_line(PROGRAM):  # already here: Hydra would print a line of its own before ours
@@ -131,16 +134,18 @@ def run_shared_job(cfg: DictConfig, since: str = "") -> float | None:
         failed = found.state is RunState.FAILED and found.time is not None and found.time >= since
         if failed or found.result is not None:
             return None
-        if found.state is RunState.STOPPED and cfg.resume is None and RunDirectory(directory).can_resume():
-            log.info("%s: started by another process, continued from its last checkpoint", directory.name)
-            _resume(cfg, directory)
+        _resume_left(cfg, directory)
         return run_listed_job(cfg)
     finally:
         release_ahead()
 
 
-def _resume(cfg: DictConfig, directory: Path) -> None:
-    """Makes a job continue the run in its directory, for all ranks."""
+def _resume_left(cfg: DictConfig, directory: Path) -> None:
+    """Makes a job, and the ranks that it starts, continue the run that another process has left in its directory."""
+    run = RunDirectory(directory)
+    if cfg.resume is not None or not run.can_resume() or run.recorded().state is not RunState.STOPPED:
+        return
+    log.info("%s: started by another process, continued from its last checkpoint", directory.name)
     hydra_config: Any = HydraConfig.get()  # typed as a dataclass, but a DictConfig
     with read_write(cfg), read_write(hydra_config), open_dict(hydra_config):
         cfg.resume = literal(str(directory))

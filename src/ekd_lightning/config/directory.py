@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ekd_lightning.config.config import resolved, to_plain, write_config
 from ekd_lightning.config.edge import ending_callback, restored_environment
 from ekd_lightning.config.overrides import config_flags, literal, override
-from ekd_lightning.errors import UserError, reason
+from ekd_lightning.errors import UserError, one_line, reason
 from ekd_lightning.files import DamagedFileError
 from ekd_lightning.roles import check_name
 from ekd_lightning.runs.directory import CONFIG, HYDRA, OVERRIDES, RunDirectory
@@ -40,10 +40,10 @@ from ekd_lightning.runs.lock import (
     release_ahead,
     remove_empty,
 )
-from ekd_lightning.runs.writer import RunWriter, is_rank_zero
+from ekd_lightning.runs.writer import RunWriter, given_rank, is_rank_zero
 
-_OUTSIDE_LAUNCHERS = ("LOCAL_RANK", "RANK", "SLURM_PROCID", "TORCHELASTIC_RUN_ID")
 _PATIENCE = timedelta(minutes=5)  # machines of one job start at different times
+_PORTS_AWAY = 10_000
 DIRECTORY = "EKD_RUN_DIRECTORY"
 """Environment variable that passes the run's directory to the ranks that a process starts."""
 
@@ -183,7 +183,7 @@ def agree(key: str, decide: Callable[[], Path], *, nodes: int = 1, known: Path |
 
 def _meeting_place() -> tuple[Any, int, int]:
     """The store by which processes of torchrun or SLURM communicate (None without), their number, and this rank."""
-    if not {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"} & os.environ.keys():
+    if "TORCHELASTIC_RUN_ID" not in os.environ and given_rank() is None:
         return None, 1, 0
     from torch.distributed import TCPStore  # noqa: PLC0415 (slow)
 
@@ -193,17 +193,21 @@ def _meeting_place() -> tuple[Any, int, int]:
             return None, world, rank
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         return TCPStore(*place, is_master=False, timeout=_PATIENCE), world, rank
-    from pytorch_lightning.plugins.environments import SLURMEnvironment  # noqa: PLC0415 (slow)
+    from ekd_lightning.training.processes import slurm_environment  # noqa: PLC0415 (slow)
 
-    try:
-        slurm = SLURMEnvironment()
-    except RuntimeError as error:  # a task count that Lightning does not support
-        raise UserError(f"SLURM: {' '.join(str(error).split())}") from None
-    if not slurm.detect() or (world := slurm.world_size()) < 2:
+    slurm = slurm_environment()
+    if slurm is None or (world := slurm.world_size()) < 2:
         return None, 1, 0
-    # The port after Lightning's, which Lightning opens itself right after this.
-    place, rank = (slurm.main_address, slurm.main_port + 1), slurm.global_rank()
-    return TCPStore(*place, world, is_master=rank == 0, timeout=_PATIENCE), world, rank
+    # Lightning opens its own port right after this; the next one may be that of the next job of an array.
+    port, rank = slurm.main_port, slurm.global_rank()
+    port += _PORTS_AWAY if port + _PORTS_AWAY < 2**16 else -_PORTS_AWAY
+    try:
+        return TCPStore(slurm.main_address, port, world, is_master=rank == 0, timeout=_PATIENCE), world, rank
+    except RuntimeError as error:
+        raise UserError(
+            f"SLURM: the {world} tasks of this job did not all reach {slurm.main_address}:{port} within "
+            f"{_PATIENCE.seconds // 60} minutes; start the command with srun ({one_line(error)})"
+        ) from None
 
 
 def is_started_rank() -> bool:
@@ -213,7 +217,7 @@ def is_started_rank() -> bool:
 
 def started_by_others() -> bool:
     """Whether Lightning, torchrun or SLURM has started this process as a rank."""
-    return any(name in os.environ for name in _OUTSIDE_LAUNCHERS)
+    return given_rank() is not None or bool({"LOCAL_RANK", "TORCHELASTIC_RUN_ID"} & os.environ.keys())
 
 
 @contextlib.contextmanager
@@ -305,11 +309,11 @@ class JobOutput:
         `.hydra/` of a resumed run stays: it records how the run was first started.
         """
         self.started = True
-        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+        rank = given_rank() or 0
         for handler in logging.getLogger().handlers:
             if isinstance(handler, HeldLog):
                 # Ranks that Lightning starts have a name of their own.
-                handler.open_in(self.directory, "" if rank == "0" else f"rank{rank}_")
+                handler.open_in(self.directory, "" if rank == 0 else f"rank{rank}_")
         if not is_rank_zero():
             return
         if self.cfg.get("resume") is None:

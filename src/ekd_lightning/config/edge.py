@@ -224,8 +224,11 @@ def _started_here() -> Iterator[None]:
         os.environ.pop(STARTED_IN, None)
 
 
+_ENDING = (signal.SIGTERM, signal.SIGUSR1)  # SLURM sends the second before the first, if --signal=USR1@60 asks for it
+
+
 class _Termination:
-    """Handler of SIGTERM that interrupts this process as Ctrl-C does, once, and remembers that it has."""
+    """Handler of `_ENDING` that interrupts this process as Ctrl-C does, once, and remembers that it has."""
 
     came = False
 
@@ -235,8 +238,8 @@ class _Termination:
 
     def __call__(self, number: int, frame: object) -> None:
         if os.getpid() != self._process:  # a fork, whose parent ends it
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         elif not _Termination.came:  # `timeout` sends it twice
             _Termination.came = True
             raise KeyboardInterrupt
@@ -244,22 +247,24 @@ class _Termination:
 
 @contextlib.contextmanager
 def terminated_as_interrupted() -> Iterator[None]:
-    """Lets SIGTERM interrupt the block like Ctrl-C, so that children are stopped and files closed."""
+    """Lets SIGTERM and SIGUSR1 interrupt the block like Ctrl-C, so that children are stopped and files closed."""
     if threading.current_thread() is not threading.main_thread():  # only there a handler can be set
         yield
         return
-    before = signal.signal(signal.SIGTERM, _Termination())
+    handler = _Termination()
+    before = {number: signal.signal(number, handler) for number in _ENDING}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 @contextlib.contextmanager
 def one_line(program: str) -> Iterator[None]:
     """Turns a user's mistake or interrupt within the block into one line on stderr.
 
-    A mistake exits with code 2, Ctrl-C with code 130, SIGTERM with code 143.
+    A mistake exits with code 2, Ctrl-C with code 130, SIGTERM and SIGUSR1 with code 143.
     """
     try:
         yield

@@ -43,7 +43,8 @@ from ekd_lightning.tracking.loggers import (
 from ekd_lightning.training.checkpoints import checkpoint_callbacks, read_checkpoint
 from ekd_lightning.training.distiller import Distiller
 from ekd_lightning.training.pool import check_teachers, gather_teachers
-from ekd_lightning.training.trainer import EpochReport, EpochSeed, build_trainer, cost, end_processes, final_scores
+from ekd_lightning.training.processes import end_processes
+from ekd_lightning.training.trainer import EpochReport, EpochSeed, build_trainer, cost, final_scores
 
 log = logging.getLogger(__name__)
 

@@ -226,11 +226,22 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def given_rank() -> int | None:
+    """Returns the global rank that torchrun or SLURM gave this process; None without.
+
+    Batch scripts and interactive shells have SLURM_PROCID, too. Like Lightning (`SLURMEnvironment.detect`), this takes
+    a process for a task of SLURM only if the number of tasks is known and the job is not an interactive one.
+    """
+    if "RANK" in os.environ:
+        return int(os.environ["RANK"])
+    is_task = "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
+    return int(os.environ["SLURM_PROCID"]) if is_task and "SLURM_PROCID" in os.environ else None
+
+
 def is_rank_zero() -> bool:
     """Whether this process is global rank 0, by its environment alone; works before a process group exists."""
-    for name in ("RANK", "SLURM_PROCID"):
-        if name in os.environ:
-            return int(os.environ[name]) == 0
+    if (rank := given_rank()) is not None:
+        return rank == 0
     return all(int(os.environ.get(name, "0")) == 0 for name in ("LOCAL_RANK", "NODE_RANK"))
 
 

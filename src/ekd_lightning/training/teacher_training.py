@@ -29,6 +29,7 @@ from ekd_lightning.teachers.store import COST
 from ekd_lightning.tracking.loggers import TeacherCurves, open_curves
 from ekd_lightning.training.checkpoints import CheckpointWriter, checkpoint_callbacks, read_checkpoint
 from ekd_lightning.training.distiller import Distiller
+from ekd_lightning.training.processes import slurm_environment
 from ekd_lightning.training.trainer import EpochReport, EpochSeed
 
 log = logging.getLogger(__name__)
@@ -263,7 +264,7 @@ def _train(
             max_epochs=recipe.epochs,
             default_root_dir=scratch,
             callbacks=[*checkpoint_callbacks(scratch.absolute(), with_best=False), EpochSeed(seed), report, *callbacks],
-            plugins=[CheckpointWriter(lambda: scratch.name)],
+            plugins=[CheckpointWriter(lambda: scratch.name), *filter(None, [slurm_environment()])],
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import subprocess
 import time
 from collections.abc import Mapping
 from functools import cache
@@ -16,6 +14,7 @@ import torch
 from pytorch_lightning.accelerators import CUDAAccelerator, MPSAccelerator
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ProgressBar, Timer
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.plugins.environments import ClusterEnvironment
 from pytorch_lightning.plugins.io import CheckpointIO
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
@@ -30,11 +29,11 @@ from ekd_lightning.teachers.hardware import resolve_precision
 from ekd_lightning.training.checkpoints import BEST_METRIC, CheckpointWriter
 from ekd_lightning.training.distiller import Distiller
 from ekd_lightning.training.module import TrainingModule
+from ekd_lightning.training.processes import check_processes, slurm_environment
 
 log = logging.getLogger(__name__)
 
 _RANDOMNESS_STREAM = 7  # a stream of its own, apart from order, views and subsets
-_CHILD_SECONDS = 60  # time for other ranks to end after the last collective operation
 _RESERVED = {
     "logger": "not a setting; use the logger group (logger=wandb, logger.tensorboard=true)",
     "callbacks": "not a setting; use the callbacks group",
@@ -86,7 +85,8 @@ def build_trainer(
     run has its own display.
 
     Raises:
-        UserError: If Lightning refuses the value of a flag.
+        UserError: If Lightning refuses the value of a flag, or if torchrun or SLURM started another number of processes
+            than the flags ask for.
     """
     chosen = {name: value for name, value in flags.items() if name != "threads"}
     chosen["precision"] = resolve_precision(flags.get("precision"), str(flags.get("accelerator", "auto")))
@@ -99,18 +99,23 @@ def build_trainer(
             f"trainer.accelerator={flags['accelerator']}: PyTorch finds no such GPU here; trainer=cpu runs without one"
         )
     try:
-        return pl.Trainer(**chosen, default_root_dir=directory, logger=loggers, callbacks=callbacks)
+        trainer = pl.Trainer(**chosen, default_root_dir=directory, logger=loggers, callbacks=callbacks)
     except ModuleNotFoundError as error:
         raise UserError(f"trainer.accelerator={flags.get('accelerator')}: {one_line(error)}") from None
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from None
+    check_processes(trainer)
+    return trainer
 
 
 def _plugins(chosen: Any, directory: Path) -> list[Any]:
-    """Returns the user's plugins, and the writer of checkpoints unless one of them writes checkpoints."""
+    """Returns the user's plugins, and ours of the kinds that are not among them."""
     plugins = list(chosen) if isinstance(chosen, (list, tuple)) else [] if chosen is None else [chosen]
-    own = any(isinstance(plugin, CheckpointIO) for plugin in plugins)
-    return plugins if own else [*plugins, CheckpointWriter(lambda: RunDirectory(directory).identity)]
+    if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+        plugins.append(CheckpointWriter(lambda: RunDirectory(directory).identity))
+    if not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
+        plugins += filter(None, [slurm_environment()])
+    return plugins
 
 
 class EpochSeed(Callback):
@@ -298,22 +303,3 @@ def cost(report: EpochReport, trainer: pl.Trainer, module: Distiller) -> dict[st
         "num_devices": trainer.world_size,
         "precision": str(trainer.precision),
     }
-
-
-def end_processes(trainer: pl.Trainer, *, wait: bool) -> None:
-    """Ends the ranks that Lightning's launcher started, and its thread that watches them.
-
-    That thread kills this process if any rank ended with an error, even if this process has gone on to the next job of
-    a sweep. It reads the launcher's list of ranks; an empty list ends it. With `wait` the ranks may finish by
-    themselves first; after a failure they are killed.
-    """
-    started = getattr(trainer.strategy.launcher, "procs", None)
-    if not started or not all(isinstance(process, subprocess.Popen) for process in started):
-        return
-    processes = list(started)
-    started.clear()
-    for process in processes:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_CHILD_SECONDS if wait else 0)
-        process.kill()  # no effect if it has ended
-        process.wait()
