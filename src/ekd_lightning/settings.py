@@ -228,19 +228,9 @@ class EvaluationSettings:
 
 
 RETURNABLE = (
-    "test_accuracy",
-    "test_accuracy_best",
-    "test_accuracy_last",
-    "test_accuracy_ema",
-    "test_nll",
-    "test_ece",
-    "test_brier",
-    "val_accuracy",
-    "val_accuracy_best",
-    "num_parameters",
-    "macs",
-    "train_seconds",
-    "images_per_second",
+    *("test_accuracy", "test_accuracy_best", "test_accuracy_last", "test_accuracy_ema"),
+    *("test_nll", "test_ece", "test_brier", "val_accuracy", "val_accuracy_best"),
+    *("num_parameters", "macs", "train_seconds", "images_per_second"),
 )
 """Fields of a result that a sweeper may optimise."""
 

@@ -18,18 +18,8 @@ SAME_COST = 0.05
 _COUNTS = ("K", "M", "teachers", "MACs", "parameters")
 """Settings that vary in a grid of teachers and branches, and those that follow from them."""
 SAME_IN_A_ROW = (
-    "method",
-    "student",
-    "num_branches",
-    "split_after",
-    "ensemble",
-    "temperature",
-    "assignment",
-    "assistants",
-    "num_teachers",
-    "num_parameters",
-    "macs",
-    "teacher_choice",
+    *("method", "student", "num_branches", "split_after", "ensemble", "temperature", "assignment", "assistants"),
+    *("num_teachers", "num_parameters", "macs", "teacher_choice"),
 )
 """Fields of a result that runs of one row must share, beside the weights of its terms."""
 

@@ -39,21 +39,9 @@ of the row predict different classes, mean over pairs.
 OTHER = "†"
 """Mark of rows that are not deciding rows of their study."""
 MEANS = (
-    "test_accuracy_ema",
-    "test_nll",
-    "test_ece",
-    "test_brier",
-    "test_mean_branch_accuracy",
-    "test_gain_over_mean_branch",
-    "test_disagreement",
-    "train_accuracy",
-    "corruption_mce",
-    "num_parameters",
-    "num_adapter_parameters",
-    "macs",
-    "steps",
-    "train_seconds",
-    "latency_ms_batch1",
+    *("test_accuracy_ema", "test_nll", "test_ece", "test_brier", "test_mean_branch_accuracy"),
+    *("test_gain_over_mean_branch", "test_disagreement", "train_accuracy", "corruption_mce"),
+    *("num_parameters", "num_adapter_parameters", "macs", "steps", "train_seconds", "latency_ms_batch1"),
 )
 """Fields of which a record gives the mean over runs."""
 

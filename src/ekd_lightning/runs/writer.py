@@ -56,19 +56,8 @@ from ekd_lightning.runs.result import Result
 
 _PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchmetrics", "hydra-core", "omegaconf", "wandb", "numpy")
 _REPLACED = (
-    STUDENT,
-    CURVES,
-    CURVES_SUM,
-    "train.log",
-    "rank*_train.log",
-    "wandb_run_id.txt",
-    "evaluation/wandb_run_id.txt",
-    "teachers/*/wandb_run_id.txt",
-    "export/student.*",
-    EXPORT,
-    "tensorboard",
-    "evaluation/tensorboard",
-    "teachers/*/tensorboard",
+    *(STUDENT, CURVES, CURVES_SUM, "train.log", "rank*_train.log", "export/student.*", EXPORT),
+    *(f"{place}{name}" for place in ("", "evaluation/", "teachers/*/") for name in ("wandb_run_id.txt", "tensorboard")),
 )
 """Files and folders of an earlier run that a new run in its directory removes."""
 

@@ -21,18 +21,8 @@ TEMPERATURES = (1.0, 20.0)
 
 # Settings that would make trials incomparable: other images, or another cost.
 _NOT_SEARCHED = (
-    "data",
-    "data.name",
-    "data.fraction",
-    "data.per_class",
-    "data.subset_seed",
-    "data.val_fraction",
-    "experiment",
-    "method",
-    "method.name",
-    "recipe.epochs",
-    "seed",
-    "trainer.max_epochs",
+    *("data", "data.name", "data.fraction", "data.per_class", "data.subset_seed", "data.val_fraction"),
+    *("experiment", "method", "method.name", "recipe.epochs", "seed", "trainer.max_epochs"),
 )
 
 

@@ -99,10 +99,6 @@ class Study:
     working_directory: str = ""
     declaration: str = ""
 
-    def seeds_of(self, row: RowPlan) -> tuple[int, ...]:
-        """The seeds of a row."""
-        return self.seeds if row.seeds is None else row.seeds
-
     @property
     def deciding(self) -> frozenset[str]:
         """Names of the deciding rows."""
@@ -294,11 +290,9 @@ def read_runs(study: Study, folder: Path) -> dict[float, Runs]:
     def read(name: str) -> RunEntry:
         return RunEntry.read(folder / RUNS / name, name)
 
+    seeds = {row.name: study.seeds if row.seeds is None else row.seeds for row in study.rows}
     return {
-        fraction: {
-            row.name: {seed: read(f"{row.name}-f{fraction:g}-s{seed}") for seed in study.seeds_of(row)}
-            for row in study.rows
-        }
+        fraction: {name: {seed: read(f"{name}-f{fraction:g}-s{seed}") for seed in own} for name, own in seeds.items()}
         for fraction in study.fractions
     }
 
