@@ -240,8 +240,9 @@ class Method(nn.Module):
             UserError: If an active term needs teacher outputs or networks that are missing, if K or M differ from
                 those that the method was built for, or if a value is of another kind.
         """
-        require_type("student: the outputs of the student, student.outputs(images),", student, StudentOutput)
-        if teachers is not None:
+        if not isinstance(student, StudentOutput):
+            require_type("student: the outputs of the student, student.outputs(images),", student, StudentOutput)
+        if not isinstance(teachers, TeacherOutput | None):
             require_type(
                 "teachers: the outputs of the teachers, teachers(images, method.teacher_stages),",
                 teachers,
