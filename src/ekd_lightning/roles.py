@@ -6,6 +6,7 @@ them there.
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from numbers import Real
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, Literal, TypeGuard, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from ekd_lightning.errors import UserError, unknown_name
@@ -145,7 +146,7 @@ WHEN = one_of("auto", "always", "never")
 def check_that(condition: bool, key: str, value: object, allowed: str) -> None:
     """Refuses a value of a setting by a `UserError`, which says what is allowed, unless a condition holds."""
     if not condition:
-        raise UserError(f"{key}={value}: {allowed}")
+        raise UserError(f"{key}={'null' if value is None else value}: {allowed}")
 
 
 def check_name(key: str, value: object) -> None:
@@ -162,6 +163,40 @@ def check_fields(key: str, given: Mapping[str, Any], kind: type[Any]) -> None:
         if name not in hints:
             raise unknown_name(f"key of {key}", name, hints)
         check_that(is_of(value, hints[name]), f"{key}.{name}", value, f"must be {name_of_type(hints[name])}")
+
+
+def parameters_of(make: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """Returns the parameters of a function or class of the user; annotations that cannot be evaluated are strings."""
+    try:
+        return inspect.signature(make, eval_str=True).parameters
+    except Exception:  # e.g. names that are imported for type checkers only
+        return inspect.signature(make).parameters
+
+
+def check_keywords(owner: str, options: Mapping[str, Any], known: Mapping[str, inspect.Parameter]) -> None:
+    """Checks options by the parameters that take them; `owner` names for messages whose they are.
+
+    Raises:
+        UserError: If one does not exist, a required one is missing, or one is annotated as a number, a truth value or
+            text and is not.
+    """
+    for name, value in options.items():
+        if name not in known:
+            raise unknown_name(f"option of {owner}:", name, known)
+        hint, is_default = known[name].annotation, value is None and known[name].default is None
+        if not is_default and _is_plain(hint) and not is_of(value, hint):
+            shown = "null" if value is None else repr(value)
+            raise UserError(f"option {name}={shown} of {owner}: must be {name_of_type(hint)}")
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    required = [name for name, one in known.items() if one.default is one.empty and one.kind not in several]
+    missing = [name for name in required if name not in options]
+    if missing:
+        raise UserError(f"{owner} needs the option {missing[0]!r}, which has no default; set it")
+
+
+def _is_plain(hint: Any) -> bool:
+    kinds = get_args(hint) if get_origin(hint) in _UNIONS else (hint,)
+    return all(kind in (bool, int, float, str, NoneType) for kind in kinds)
 
 
 def check_values(settings: Any, prefix: str = "") -> None:

@@ -20,7 +20,7 @@ from ekd_lightning.config.config import build_callback, register_schema, to_plai
 from ekd_lightning.data.views import make_views
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods import TermContext, build_method, needs_teachers
-from ekd_lightning.methods.terms import TERMS, option_defaults
+from ekd_lightning.methods.terms import TERMS, options_of
 from ekd_lightning.networks import NetworkSpec, build_network, normalization
 from ekd_lightning.networks.zoo import zoo
 from ekd_lightning.training.trainer import check_trainer
@@ -53,8 +53,8 @@ def composed(*overrides: str, name: str = "train", hydra: bool = False):
 @pytest.mark.parametrize("name", [name for name in TERMS.names() if TERMS[name].__module__.startswith("ekd_")])
 def test_every_option_of_a_term_is_set_without_a_plus(name):
     words = []
-    for option, default in (options := option_defaults(name)).items():
-        value = list(default) if isinstance(default, tuple) else default
+    for option, known in (options := options_of(name)).items():
+        value = list(known.default) if isinstance(known.default, tuple) else known.default
         words.append(f"method.terms.{name}.{option}={'null' if value is None else str(value).replace(chr(39), '')}")
     cfg = composed(f"+method.terms.{name}={{weight: 1.0}}", *words)
     terms = to_settings(cfg).method.terms

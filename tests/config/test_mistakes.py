@@ -87,6 +87,7 @@ def test_every_number_says_what_it_may_be(key):
         ("recipe: {milestones: [x]}", "recipe/mine.yaml: recipe.milestones[0]=x: must be float"),
         ("recipe: {milestones: {a: 1}}", "recipe/mine.yaml: recipe.milestones={a: 1}: must be a list"),
         ("method: {terms: [ce_branch]}", "recipe/mine.yaml: method.terms=[ce_branch]: must be a mapping"),
+        ("method: {terms: null}", "recipe/mine.yaml: method.terms=null: must be a mapping"),
         ("tags: {a: 1}", "recipe/mine.yaml: tags={a: 1}: must be a list"),
         ("recipe: true", "recipe/mine.yaml: recipe=true: must be a mapping; the defaults list names options of groups"),
         ("[a]", "recipe/mine.yaml: the file is a list and must be a mapping"),

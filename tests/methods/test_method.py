@@ -148,6 +148,12 @@ def test_a_term_that_returns_no_scalar_is_named(raising_term, monkeypatch):
             method(make_student(), None, make_batch())
 
 
+def test_options_are_compared_with_their_annotations_before_a_term_is_built(raising_term):
+    for level, message in (("abc", "option level='abc' of term 'test_raises': must be int"), (None, "level=null of")):
+        with pytest.raises(UserError, match=f"^method.terms.test_raises: .*{message}"):
+            build({"test_raises": {"weight": 0, "level": level}, "ce_branch": {"weight": 1}})
+
+
 def test_a_term_of_weight_zero_is_neither_built_nor_evaluated(raising_term):
     terms = {"ce_ensemble": {"weight": 1}, "test_raises": {"weight": 0, "level": 1}}
     method = build(terms, temperature=None, assignment=None)

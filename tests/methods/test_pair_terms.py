@@ -163,7 +163,7 @@ def test_a_grid_is_the_loss_of_averaged_maps(name):
         ({"grid": 4, "feature": "stage2"}, "grid=4 is finer than the maps of the teacher 'big0', 2×2 .*'stage2'"),
         ({"grid": 5, "feature": "stage2"}, "grid=5 is finer than the maps of the student 'small', 4×4"),
         ({"grid": 0, "feature": "stage2"}, "grid=0 is not allowed; give an integer >= 1"),
-        ({"grid": "2", "feature": "stage2"}, "grid='2' is not allowed; give an integer >= 1"),
+        ({"grid": "2", "feature": "stage2"}, "grid='2' of term 'feature_branch': must be int or null"),
     ],
 )
 def test_grids_that_do_not_fit_are_refused(options, message):

@@ -89,6 +89,7 @@ def test_spec_keeps_a_copy_of_the_options() -> None:
         ("wrn_16_0", {}, "wrn_<6n.4>_<k>"),
         ("wrn_16_1", {"dropout": 1.0}, "dropout=1.0"),
         ("wrn_16_1", {"dropout": -0.1}, "dropout=-0.1"),
+        ("resnet8", {"width": "wide"}, r"^option width='wide' of network 'resnet8': must be float"),
         ("vgg8", {"dropout": 0.1}, "'dropout'.*allowed: none"),
     ],
 )

@@ -22,7 +22,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ekd_lightning.config.mistakes import config_error
+from ekd_lightning.config.mistakes import as_typed, config_error
 from ekd_lightning.errors import STARTED_IN, UserError, load_plugins, unknown_name
 from ekd_lightning.keys import is_path, is_place, keys_where, without_effect
 from ekd_lightning.roles import is_of, name_of_type, what_is_allowed
@@ -86,7 +86,7 @@ def _check_fields(settings: Any, prefix: str = "") -> None:
         if name not in known:
             raise unknown_name("key", f"{prefix}{name}", (f"{prefix}{other}" for other in known))
         if not is_of(value, hints[name]):
-            raise UserError(f"{prefix}{name}={value}: must be {what_is_allowed(hints[name], known[name])}")
+            raise UserError(f"{prefix}{name}={as_typed(value)}: must be {what_is_allowed(hints[name], known[name])}")
         if is_dataclass(value):
             _check_fields(value, f"{prefix}{name}.")
 

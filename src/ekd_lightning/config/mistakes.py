@@ -85,7 +85,7 @@ def _wrong_value(error: BaseException, override: str) -> str | None:
     allowed = _allowed(error.object_type, error.key, error.ref_type)
     if allowed is None:
         return None
-    typed = (typed if given.lstrip("+") == key else _as_typed(error.value)) or "''"
+    typed = (typed if given.lstrip("+") == key else as_typed(error.value)) or "''"
     source = re.search(r"interpolation '(.*?)'", str(error))
     return f"{key}={typed}{f' (from {source[1]})' if source else ''}: must be {allowed}"
 
@@ -98,10 +98,9 @@ def _wrong_container(error: BaseException) -> str | None:
         return None
     if not (key := wanted._get_full_key(None)):
         return "the file is a list and must be a mapping" if isinstance(found, ListConfig) else None
-    found = found._value() if isinstance(found, ValueNode) else found
     option = isinstance(wanted, DictConfig) and "." not in key  # it may be an option of a group: `method: ekd`
     advice = f"; {_DEFAULTS}" if option else ""
-    return f"{key}={_as_typed(found)}: must be a {'list' if isinstance(wanted, ListConfig) else 'mapping'}{advice}"
+    return f"{key}={as_typed(found)}: must be a {'list' if isinstance(wanted, ListConfig) else 'mapping'}{advice}"
 
 
 def _allowed(owner: Any, name: Any, hint: Any) -> str | None:
@@ -116,12 +115,13 @@ def _allowed(owner: Any, name: Any, hint: Any) -> str | None:
     return what_is_allowed(hint if name is None else inner[-1], {}) if inner else None
 
 
-def _as_typed(value: Any) -> str:
+def as_typed(value: Any) -> str:
     """A value as it is typed in an override."""
+    value = value._value() if isinstance(value, ValueNode) else value
     if isinstance(value, (list, ListConfig)):
-        return f"[{', '.join(map(_as_typed, value))}]"
+        return f"[{', '.join(map(as_typed, value))}]"
     if isinstance(value, (dict, DictConfig)):
-        return f"{{{', '.join(f'{key!s}: {_as_typed(one)}' for key, one in value.items())}}}"
+        return f"{{{', '.join(f'{key!s}: {as_typed(one)}' for key, one in value.items())}}}"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 

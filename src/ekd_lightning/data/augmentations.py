@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -12,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ekd_lightning.data.order import Draws
-from ekd_lightning.errors import Registry, UserError, unknown_name
-from ekd_lightning.roles import Range
+from ekd_lightning.errors import Registry, UserError
+from ekd_lightning.roles import Range, check_keywords, parameters_of
 
 OPTIONS_KEY = "data.augmentation_options"
 
@@ -78,14 +77,9 @@ def build_augmentation(name: str, options: Mapping[str, Any]) -> tuple[Augmentat
         UserError: For an unknown name or option, a required option that is missing, or a value that is not allowed.
     """
     make = AUGMENTATIONS[name]
-    parameters = inspect.signature(make).parameters
-    for option in options:
-        if option not in parameters:
-            raise unknown_name(f"option in {OPTIONS_KEY}.{name}:", option, parameters)
+    parameters = parameters_of(make)
+    check_keywords(f"{OPTIONS_KEY}.{name}", options, parameters)
     values = {option: options.get(option, known.default) for option, known in parameters.items()}
-    for option, value in values.items():
-        if value is inspect.Parameter.empty:
-            raise UserError(f"{OPTIONS_KEY}.{name}.{option}: must be given, as it has no default")
     return make(**options), name + json.dumps(values, sort_keys=True, default=str)
 
 

@@ -19,7 +19,8 @@ from ekd_lightning.methods.assignment import AssignmentSpec, build_assignment
 from ekd_lightning.methods.context import DEFAULT_TEMPERATURE, TermContext
 from ekd_lightning.methods.method import Method
 from ekd_lightning.methods.options import WeightSchedule, number, read_schedule, temperature_of
-from ekd_lightning.methods.terms import TERMS, Term, build_term, check_option_names
+from ekd_lightning.methods.terms import TERMS, Term, build_term, options_of
+from ekd_lightning.roles import check_keywords
 
 _OWN_KEYS = ("type", "weight", "schedule")
 
@@ -139,11 +140,12 @@ def _entries(terms: Mapping[str, Mapping[str, Any]]) -> dict[str, _Entry]:
         if isinstance(spec, Mapping) and "weight" not in spec and key not in TERMS.names():
             raise unknown_name("term", where, (f"method.terms.{own}" for own in terms if own != key))
         if not isinstance(spec, Mapping) or "weight" not in spec:
-            raise UserError(f"{where}={spec!r} is not allowed; give at least a weight, e.g. {{weight: 1.0}}")
+            shown = "null" if spec is None else repr(spec)
+            raise UserError(f"{where}={shown} is not allowed; give at least a weight, e.g. {{weight: 1.0}}")
         options = {str(name): value for name, value in spec.items() if name not in _OWN_KEYS}
         kind = str(spec.get("type") or key)
         with _errors_at(where):
-            check_option_names(kind, options)
+            check_keywords(f"term {kind!r}", options, options_of(kind))
         weight = number(f"{where}.weight", spec["weight"], low=0.0)
         entries[key] = _Entry(kind, weight, read_schedule(f"{where}.schedule", spec.get("schedule")), options)
     return {key: entry for key, entry in entries.items() if entry.weight > 0}

@@ -15,7 +15,7 @@ from torch.nn import functional
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods import losses
 from ekd_lightning.methods.context import StepContext, TermContext
-from ekd_lightning.methods.options import choice, number, switch
+from ekd_lightning.methods.options import choice, number
 from ekd_lightning.methods.pair_terms import (
     POOLED,
     FeatureSite,
@@ -183,7 +183,7 @@ class ConfidenceFeatures(Term):
         K, M = context.num_branches, context.num_teachers
         self.num_branches, self.num_teachers = K, M
         self.factor = _confidence_factor(scale, M)
-        self.detach_weights = switch("detach_weights", detach_weights)
+        self.detach_weights = detach_weights
         pairs = [(k, m) for k in range(K) for m in range(M)]
         self.site = FeatureSite(choice("feature", feature, ("last", POOLED)), context, pairs, grid)
         read_sites(self, self.site)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ekd_lightning.methods import losses
 from ekd_lightning.methods.context import StepContext, TermContext
-from ekd_lightning.methods.options import choice, number, switch
+from ekd_lightning.methods.options import choice, number
 from ekd_lightning.methods.terms import BranchTerm, SoftTerm, register_term
 
 LEADER_AND_PEERS = 3
@@ -91,7 +91,7 @@ class PeerAttention(SoftTerm, BranchTerm):
         super().__init__(weight, context, **options)
         self.factor = min(self.factor, context.num_branches - 1.0)  # the leader is no peer
         self.combine = choice("combine", combine, ("logits", "probabilities"))
-        self.detach_targets = switch("detach_targets", detach_targets)
+        self.detach_targets = detach_targets
         D = context.student_features
         width = max(1, int(D / number("divisor", divisor, low=1.0)))
         self.query = nn.Linear(D, width, bias=False)
@@ -135,7 +135,7 @@ class Leader(SoftTerm):
 
     def __init__(self, weight: float, context: TermContext, *, detach_targets: bool = True, **options: Any) -> None:
         super().__init__(weight, context, **options)
-        self.detach_targets = switch("detach_targets", detach_targets)
+        self.detach_targets = detach_targets
 
     def forward(self, context: StepContext) -> Tensor:
         """Returns the mean over the batch, in nats."""

@@ -60,13 +60,6 @@ def count(key: str, value: object) -> int:
     return value
 
 
-def switch(key: str, value: object) -> bool:
-    """Returns true or false; any other value is a `UserError`, which begins with `key`."""
-    if not isinstance(value, bool):
-        raise UserError(f"{key}={value!r} is not allowed; give true or false")
-    return value
-
-
 @dataclass(frozen=True)
 class WeightSchedule:
     """Factor of a term's weight as a function of training progress only, so that resumed runs continue it.

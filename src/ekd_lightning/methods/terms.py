@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from ekd_lightning.errors import Registry, UserError, unknown_name
+from ekd_lightning.errors import Registry, UserError
 from ekd_lightning.methods.context import StepContext, TermContext
 from ekd_lightning.methods.options import CONSTANT, choice, number, temperature_of
+from ekd_lightning.roles import check_keywords, parameters_of
 
 
 class Term(nn.Module):
@@ -138,36 +139,20 @@ def register_term(name: str) -> Callable[[TermClass], TermClass]:
     return TERMS.register(name)
 
 
-def option_defaults(name: str) -> dict[str, Any]:
+def options_of(name: str) -> dict[str, inspect.Parameter]:
     """Returns a term's options: its keyword-only parameters and, if it takes `**options`, those of its base classes.
 
-    They are a mapping from name to default, `inspect.Parameter.empty` for required options. An unknown term is a
-    `UserError`.
+    An unknown term is a `UserError`.
     """
-    known: dict[str, Any] = {}
+    known: dict[str, inspect.Parameter] = {}
     for cls in TERMS[name].__mro__:
         if "__init__" not in vars(cls):
             continue
-        parameters = inspect.signature(vars(cls)["__init__"]).parameters.values()
-        known |= {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in known}
+        parameters = parameters_of(vars(cls)["__init__"]).values()
+        known |= {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in known}
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
     return known
-
-
-def check_option_names(name: str, options: Mapping[str, Any]) -> None:
-    """Checks the names of a term's options, and not their values, without building the term.
-
-    Raises:
-        UserError: If the term or one of the options does not exist, or a required one is missing.
-    """
-    known = option_defaults(name)
-    for option in options:
-        if option not in known:
-            raise unknown_name(f"option of term {name!r}:", option, known)
-    missing = [n for n, default in known.items() if default is inspect.Parameter.empty and n not in options]
-    if missing:
-        raise UserError(f"term {name!r} needs the option {missing[0]!r}, which has no default; set it")
 
 
 def build_term(name: str, weight: float, context: TermContext, /, **options: Any) -> Term:
@@ -187,7 +172,7 @@ def build_term(name: str, weight: float, context: TermContext, /, **options: Any
             teachers, or too few branches.
     """
     cls = TERMS[name]
-    check_option_names(name, options)
+    check_keywords(f"term {name!r}", options, options_of(name))
     if cls.needs_teachers and context.num_teachers < 1:
         raise UserError(f"term {name!r} needs teachers, but the run has none; add teachers or set its weight to 0")
     if context.num_branches < cls.least_branches:

@@ -21,6 +21,7 @@ from ekd_lightning.networks.cutting import cut
 from ekd_lightning.networks.projection import project
 from ekd_lightning.networks.spec import NetworkSpec
 from ekd_lightning.networks.staged import StagedNetwork
+from ekd_lightning.roles import check_keywords, parameters_of
 
 Builder = Callable[..., nn.Module]
 BuilderT = TypeVar("BuilderT", bound=Builder)
@@ -102,10 +103,7 @@ def _build(spec: NetworkSpec) -> StagedNetwork:
     if is_of_library(spec.name):
         return LIBRARIES[spec.name.partition(":")[0]](spec)
     builder = _builder(spec.name)
-    allowed = list(inspect.signature(builder).parameters)[1:]
-    for option in spec.options:
-        if option not in allowed:
-            raise unknown_name(f"option of network {spec.name!r}:", option, allowed)
+    check_keywords(f"network {spec.name!r}", spec.options, dict([*parameters_of(builder).items()][1:]))
     made: Any = builder(spec, **spec.options)
     return made if isinstance(made, StagedNetwork) else _cut(made, spec)
 
