@@ -488,9 +488,10 @@ class Untouchable:
 
 @pytest.mark.parametrize("override_", ["method=ekd", "method.teacher=best"])
 def test_a_trial_never_reads_the_test_set(tmp_path, tiny_settings, monkeypatch, override_):
-    from ekd_lightning.pipeline import prepare, run, teachers
+    from ekd_lightning.data import catalog
+    from ekd_lightning.pipeline import run, teachers
 
-    load = prepare.open_dataset
+    load = catalog.open_dataset
 
     def load_without_test(*words: Any) -> Any:
         dataset = copy.copy(load(*words))
@@ -500,7 +501,7 @@ def test_a_trial_never_reads_the_test_set(tmp_path, tiny_settings, monkeypatch, 
     forbidden = object()  # not even hidden behind a score that was remembered earlier
     for place in (run, teachers):
         monkeypatch.setattr(place, "score_teachers", forbidden)
-    monkeypatch.setattr(prepare, "open_dataset", load_without_test)
+    monkeypatch.setattr(catalog, "open_dataset", load_without_test)
     reports: list[tuple[int, float]] = []
     values = validation_accuracies(
         lambda words: tiny_settings("recipe.epochs=2", override_, "data.val_fraction=0.3", *words), (0, 1),

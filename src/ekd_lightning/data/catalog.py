@@ -21,7 +21,8 @@ from ekd_lightning.data.folder import list_folder, list_images
 from ekd_lightning.data.images import Dataset, ImageSet, Unlabelled
 from ekd_lightning.data.listing import Listing, check_image_size, read_listing, read_without_labels, with_test_images
 from ekd_lightning.data.order import STREAM_SPLIT, hash_uniform_u64
-from ekd_lightning.data.subset import Subset, left_out, take_evenly
+from ekd_lightning.data.subset import Subset, choose_subset, left_out, take_evenly
+from ekd_lightning.data.views import ViewFamily, configured_views
 from ekd_lightning.errors import Registry, UserError
 from ekd_lightning.settings import DataSettings
 
@@ -125,6 +126,31 @@ def open_dataset(data: DataSettings) -> Dataset:
     if key not in _LOADED:
         _LOADED[key] = read_listing(listing, data.name, image_size=size, cache=cache, skip_broken=data.skip_broken)
     return _LOADED[key]
+
+
+def open_images(data: DataSettings) -> tuple[Dataset, Subset, ViewFamily]:
+    """Opens the data set of the settings; returns it with the subset that a run may see and the augmentation.
+
+    Raises:
+        UserError: As `open_dataset` and `choose_subset`, or if the augmentation does not fit the images.
+    """
+    dataset = open_dataset(data)
+    height, width = dataset.train.images.shape[2:]
+    side = min(height, width)
+    padding = side // 8 if data.padding is None else data.padding
+    if padding >= side:
+        raise UserError(f"data.padding={padding}: must be less than the images' shorter side of {side} pixels")
+    views, one = configured_views(data, padding), torch.zeros(1, dtype=torch.int64)
+    views(torch.zeros(1, 3, height, width, dtype=torch.uint8), one, one)  # raises now if they cannot be made
+    subset = choose_subset(
+        dataset.train.labels,
+        fraction=data.fraction,
+        per_class=data.per_class,
+        val_fraction=data.val_fraction,
+        seed=data.subset_seed,
+        val_index=dataset.val_index,
+    )
+    return dataset, subset, views
 
 
 def open_unlabelled(data: DataSettings, dataset: Dataset, subset: Subset) -> Unlabelled | None:

@@ -16,6 +16,7 @@ from ekd_lightning.data.augmentations import AUGMENTATIONS, OPTIONS_KEY, Augment
 from ekd_lightning.data.order import Draws
 from ekd_lightning.data.transforms import Transform, is_transform, transform_names
 from ekd_lightning.errors import UserError, unknown_name
+from ekd_lightning.settings import DataSettings
 
 POOL_SIZE = 64
 
@@ -200,6 +201,18 @@ def make_views(
             transform = Transform(name, options.get(name, {}))
             parts.append((transform, transform.key))
     return Pool(parts, pool_size, pool_seed)
+
+
+def configured_views(data: DataSettings, padding: int) -> ViewFamily:
+    """Builds the view family of the settings, with their padding in pixels; raises as `make_views`."""
+    return make_views(
+        data.augmentation,
+        padding,
+        data.flip,
+        options=data.augmentation_options,
+        pool_size=data.pool_size,
+        pool_seed=data.pool_seed,
+    )
 
 
 def _checked_names(augmentation: object) -> list[str]:

@@ -10,19 +10,11 @@ from typing import Any
 
 import torch
 
-from ekd_lightning.data import (
-    Dataset,
-    ImageSet,
-    Mixing,
-    Subset,
-    ViewFamily,
-    choose_subset,
-    make_views,
-    open_dataset,
-    open_unlabelled,
-)
+from ekd_lightning.data import Dataset, ImageSet, Mixing, Subset, ViewFamily, open_unlabelled
+from ekd_lightning.data.catalog import open_images
 from ekd_lightning.data.datamodule import ImageDataModule
 from ekd_lightning.data.loader import rows_of_batch
+from ekd_lightning.data.views import configured_views
 from ekd_lightning.errors import UserError, quiet
 from ekd_lightning.evaluation.efficiency import count_macs, count_parameters
 from ekd_lightning.methods import Method, TermContext, build_method, needs_teachers, terms_with_labels, uses_assignment
@@ -34,7 +26,7 @@ from ekd_lightning.networks.registry import is_of_library, require_network, thin
 from ekd_lightning.networks.staged import sides
 from ekd_lightning.networks.zoo import zoo
 from ekd_lightning.runs.writer import is_rank_zero
-from ekd_lightning.settings import DataSettings, Settings
+from ekd_lightning.settings import Settings
 from ekd_lightning.teachers.plan import PlannedTeacher, SourcePlan, plan_source
 from ekd_lightning.tracking.loggers import TeacherCurves
 from ekd_lightning.training.chain import Chain, plan_chain
@@ -145,7 +137,7 @@ def check_settings(settings: Settings) -> None:
     for name in (entry.zoo for entry in entries if entry.zoo):
         zoo()[name]  # raises for an unknown name
     with quiet():  # `prepare` reports settings without effect
-        _make_views(settings.data, settings.data.padding or 0)
+        configured_views(settings.data, settings.data.padding or 0)
 
 
 def _log_unlabelled(settings: Settings, data: ImageDataModule) -> None:
@@ -202,41 +194,13 @@ def prepare_data(settings: Settings) -> tuple[Dataset, Subset, ViewFamily]:
     """Returns the images, the subset that a run may see, and their augmentation.
 
     Raises:
-        UserError: If the data set is unknown or missing, the subset leaves a class empty, or a part of the evaluation
-            cannot use the images.
+        UserError: As `open_images`, or if a part of the evaluation cannot use the images.
     """
-    data = settings.data
-    dataset = open_dataset(data)
-    height, width = sides(dataset.image_size)
-    side = min(height, width)
-    padding = side // 8 if data.padding is None else data.padding
-    if padding >= side:
-        raise UserError(f"data.padding={padding}: must be less than the images' shorter side of {side} pixels")
+    found = open_images(settings.data)
+    height, width = sides(found[0].image_size)
     if height != width and "corruptions" in settings.evaluation.parts:
         raise UserError(f"evaluation.parts: corruptions need square images, these are {height}×{width}; leave them out")
-    views = _make_views(data, padding)
-    one = torch.zeros(1, dtype=torch.int64)
-    views(torch.zeros(1, 3, height, width, dtype=torch.uint8), one, one)  # raises now if they cannot be made
-    subset = choose_subset(
-        dataset.train.labels,
-        fraction=data.fraction,
-        per_class=data.per_class,
-        val_fraction=data.val_fraction,
-        seed=data.subset_seed,
-        val_index=dataset.val_index,
-    )
-    return dataset, subset, views
-
-
-def _make_views(data: DataSettings, padding: int) -> ViewFamily:
-    return make_views(
-        data.augmentation,
-        padding,
-        data.flip,
-        options=data.augmentation_options,
-        pool_size=data.pool_size,
-        pool_seed=data.pool_seed,
-    )
+    return found
 
 
 def validation_images(dataset: Dataset, subset: Subset) -> ImageSet:
