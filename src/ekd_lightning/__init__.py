@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         method,
     )
     from ekd_lightning.data.decoding import read_images
+    from ekd_lightning.networks.deploy import save
     from ekd_lightning.networks.hub import load, push
 
 try:
@@ -42,8 +43,14 @@ __all__ = [
     "method",
     "push",
     "read_images",
+    "save",
 ]
-_OUTSIDE_API = {"load": "networks.hub", "push": "networks.hub", "read_images": "data.decoding"}
+_OUTSIDE_API = {
+    "load": "networks.hub",
+    "push": "networks.hub",
+    "read_images": "data.decoding",
+    "save": "networks.deploy",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from ekd_lightning import load
+from ekd_lightning import load, save
 from ekd_lightning.errors import UserError
 from ekd_lightning.networks import (
     BranchedStudent,
@@ -104,6 +104,33 @@ def test_every_subset_folded_or_not_is_coupled_by_definition(ensemble, tmp_path)
         path = tmp_path / "student.safetensors"
         path.write_bytes(content("safetensors", ensemble, kept, fold, False))
         assert_same(load(path)(images(7)), torch.from_numpy(expected).float())
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES.values())
+def test_a_student_of_any_loop_is_saved_and_loaded(suffix, tmp_path):
+    student = lived("mean_logits").train()
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    names = [f"class {c}" for c in range(student.num_classes)]
+    save(student, tmp_path / f"mine{suffix}", names, 16)
+    assert student.training
+    assert all(parameter.requires_grad for parameter in student.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+    model = load(tmp_path / f"mine{suffix}")
+    assert (model.class_names, model.image_size) == (tuple(names), 16)
+    assert_same(model(images(5)), student.eval()(images(5)).detach())
+
+
+def test_what_cannot_be_saved_is_told(tmp_path):
+    student = lived("mean_logits")
+    names = ["a"] * student.num_classes
+    for given, path, classes, message in (
+        (student, "a.pt", names, r"a.pt: .* must end in .safetensors, .onnx, .pt2"),
+        (student, "a.onnx", names[1:], rf"must be {len(names)} names"),
+        (torch.nn.Linear(3, 2), "a.onnx", names, "student must be a BranchedStudent, not a Linear"),
+    ):
+        with pytest.raises(UserError, match=message):
+            save(given, tmp_path / path, classes, 16)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("file_format", SUFFIXES)

@@ -9,7 +9,7 @@ import contextlib
 import io
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ekd_lightning.errors import UserError, one_line, quiet, require
-from ekd_lightning.files import SEAL, UNSEALED, seal
+from ekd_lightning.errors import UserError, one_line, quiet, require, require_type
+from ekd_lightning.files import SEAL, UNSEALED, seal, write_bytes
 from ekd_lightning.networks.frozen import FrozenStudent
 from ekd_lightning.networks.spec import NetworkSpec
-from ekd_lightning.networks.staged import sides
+from ekd_lightning.networks.staged import ImageSize, sides
 from ekd_lightning.networks.student import BranchedStudent
 
 SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2"}
@@ -87,6 +87,33 @@ class DeployedStudent(nn.Module):
         """
         logits = self.network(images)
         return (logits, logits.softmax(dim=-1)) if self.spec["probabilities"] else logits
+
+
+def save(student: BranchedStudent, path: str | Path, class_names: Sequence[str], image_size: ImageSize) -> None:
+    """Writes a student, e.g. of a training loop of your own, as a file for `ekd_lightning.load`.
+
+    `ekd-export` does more for the student of a run: it compares the file with the student on the test images, and adds
+    a record and a model card.
+
+    Args:
+        student: The student, which does not change.
+        path: The file; its suffix gives the format: `.safetensors`, `.onnx` or `.pt2` (see the page on exporting).
+        class_names: C names, in the order of the logits.
+        image_size: Side of the images in pixels, or (height, width).
+
+    Raises:
+        UserError: For another suffix, or another number of class names; if a package that the format needs is not
+            installed, or the student cannot be exported.
+    """
+    require_type("student", student, BranchedStudent)
+    path, names = Path(path), list(class_names)
+    formats = {suffix: name for name, suffix in SUFFIXES.items()}
+    if path.suffix not in formats:
+        raise UserError(f"{path}: the name of an exported student must end in {', '.join(formats)}")
+    if isinstance(class_names, str) or len(names) != student.num_classes:
+        raise UserError(f"class_names={names!r:.80}: must be {student.num_classes} names, one for each class")
+    metadata = {"class_names": [str(name) for name in names], "image_size": list(sides(image_size))}
+    write_bytes(path, to_bytes(DeployedStudent(student).cpu(), metadata, formats[path.suffix]))
 
 
 def to_bytes(student: DeployedStudent, metadata: Mapping[str, Any], file_format: str) -> bytes:

@@ -114,7 +114,7 @@ class DeployedModel:
 
 
 def load_deployed(path: str | Path, device: torch.device | str = "cpu") -> DeployedModel:
-    """Loads a student written by `ekd-export`; the file's suffix gives the format.
+    """Loads a student written by `ekd-export` or `save`; the file's suffix gives the format.
 
     Neither Lightning nor Hydra is imported. For a safetensors file, the network is built by its registered name; the
     other formats contain the computation.
@@ -221,7 +221,7 @@ def _checked_metadata(strings: Mapping[str, str], path: Path, content: bytes | N
     kind = strings.get(KIND)
     if kind != DEPLOYED:
         what = f"a {kind}" if kind else "something else"
-        hint = " (ekd-export makes one from a finished run)" if kind == "student" else ""
+        hint = " (ekd-export makes one of a run, ekd_lightning.save of a student)" if kind == "student" else ""
         raise UserError(f"{path}: holds {what}, not a {DEPLOYED}{hint}")
     metadata: dict[str, Any] = {}
     for key, value in strings.items():

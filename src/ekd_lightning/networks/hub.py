@@ -22,8 +22,8 @@ def load(name: str | Path, device: str = "cpu", *, revision: str | None = None) 
     """Loads an exported student for inference; no code of the file is executed.
 
     Args:
-        name: A file that `ekd-export` wrote, the name of a student in the package (`resnet8-ekd-cifar10`), or USER/REPO
-            on the Hugging Face hub, whose `student.safetensors` is read.
+        name: A file that `ekd-export` or `save` wrote, the name of a student in the package (`resnet8-ekd-cifar10`), or
+            USER/REPO on the Hugging Face hub, whose `student.safetensors` is read.
         device: Device of the model.
         revision: Branch, tag or commit of the repository.
 
