@@ -244,9 +244,11 @@ def test_other_ranks_repeat_this_job_and_nothing_is_left_behind(sweep_job, tmp_p
 
 
 def test_a_command_of_another_kind_names_the_program_that_runs_one_job(sweep_job):
-    with directory.ddp_reruns_this_job(Path("x"), program="train.py"):
-        assert sys.argv[0] == "train.py"
-    assert sys.argv[0] == "ekd-train"
+    main = sys.modules["__main__"]
+    before = main.__spec__
+    with directory.ddp_reruns_this_job(Path("x"), program="ekd_lightning.cli.train"):
+        assert main.__spec__.name == "ekd_lightning.cli.train"  # what Lightning starts with `python -m`
+    assert main.__spec__ is before
 
 
 def test_also_after_a_failure(sweep_job):

@@ -523,7 +523,7 @@ def test_a_job_that_another_process_took_or_made_is_left_to_it(
     ran: list[Path] = []
     for place in (done, fresh, failed):
         monkeypatch.setattr(train, "JobOutput", lambda _, place=place: type("Output", (), {"directory": place}))
-        monkeypatch.setattr(train, "run_listed_job", lambda _, place=place: ran.append(place))
+        monkeypatch.setattr(train, "run_job", lambda _, place=place: ran.append(place))
         train.run_shared_job(None, since="2026-01-01")
     assert ran == [fresh]
     train.run_shared_job(None, since="2026-01-03")

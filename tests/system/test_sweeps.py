@@ -133,6 +133,7 @@ def test_a_failing_job_neither_stops_nor_poisons_the_others(store, tmp_path):
         (["seed=0,1", "recipe.batch_size=500"], "recipe.batch_size=500"),
         (["seed=0,1", "+callbacks.x._target_=pytorch_lightning.callbacks.Nothing"], "callbacks.x._target_="),
         (["method=ce,nope", "hydra/launcher=slurm"], "job 1 (method=nope): unknown method 'nope'"),
+        (["method=ce", "student.branches=1", "hydra/launcher=slurm"], "hydra/launcher=slurm: finds no srun here"),
     ],
 )
 def test_a_sweep_with_a_bad_job_is_refused_before_it_starts(store, tmp_path, words, told):

@@ -67,7 +67,7 @@ def main() -> None:
     def body() -> None:
         check_typed(sys.argv[1:])
         if (sweep := named_sweep(sys.argv)) is not None:
-            sys.exit(0 if resume_sweep(sweep, sys.argv, run_listed_job) else 1)
+            sys.exit(0 if resume_sweep(sweep, sys.argv, run_job) else 1)
         sys.argv = expand_resume(sys.argv)
         try:
             _hydra_main()
@@ -95,24 +95,18 @@ def _hydra_main(cfg: DictConfig) -> float | None:
     return run_job(cfg)
 
 
-def run_job(cfg: DictConfig, program: str | None = None) -> float | None:
-    """Runs the job that Hydra has set up, single or of a sweep, with output in its own directory.
-
-    Other ranks run the file `program` for it; None stands for that of the command that was called.
-    """
+def run_job(cfg: DictConfig) -> float | None:
+    """Runs the job that Hydra has set up, single or of a sweep, with output in its own directory."""
     output = JobOutput(cfg)
+    single = HydraConfig.get().mode != RunMode.MULTIRUN
     if "SUBMITIT_EXECUTOR" in os.environ and not cfg.overwrite:  # submitit starts a job anew after a preemption
         _resume_left(cfg, output.directory)
-    with output.anchored(), ddp_reruns_this_job(output.directory, program):
-        if HydraConfig.get().mode != RunMode.MULTIRUN:
+    # The process of a sweep's job may have been started by another command, or by its launcher.
+    with output.anchored(), ddp_reruns_this_job(output.directory, None if single else "ekd_lightning.cli.train"):
+        if single:
             with one_line(PROGRAM):  # already here: Hydra would print a line of its own before ours
                 return train_alone(cfg, output)
         return train_in_sweep(cfg, output)
-
-
-def run_listed_job(cfg: DictConfig) -> float | None:
-    """Runs one job of a resumed sweep or a study; its other ranks run `ekd-train`, whatever command was called."""
-    return run_job(cfg, program=__file__)
 
 
 def run_shared_job(cfg: DictConfig, since: str = "") -> float | None:
@@ -123,7 +117,7 @@ def run_shared_job(cfg: DictConfig, since: str = "") -> float | None:
     """
     directory = JobOutput(cfg).directory
     if not is_rank_zero():
-        return run_listed_job(cfg)
+        return run_job(cfg)
     try:
         lock_ahead(directory)
     except LockedError:
@@ -135,7 +129,7 @@ def run_shared_job(cfg: DictConfig, since: str = "") -> float | None:
         if failed or found.result is not None:
             return None
         _resume_left(cfg, directory)
-        return run_listed_job(cfg)
+        return run_job(cfg)
     finally:
         release_ahead()
 
@@ -143,7 +137,7 @@ def run_shared_job(cfg: DictConfig, since: str = "") -> float | None:
 def _resume_left(cfg: DictConfig, directory: Path) -> None:
     """Makes a job, and the ranks that it starts, continue the run that another process has left in its directory."""
     run = RunDirectory(directory)
-    if cfg.resume is not None or not run.can_resume() or run.recorded().state is not RunState.STOPPED:
+    if not run.can_resume() or cfg.resume is not None or run.recorded().state is not RunState.STOPPED:
         return
     log.info("%s: started by another process, continued from its last checkpoint", directory.name)
     hydra_config: Any = HydraConfig.get()  # typed as a dataclass, but a DictConfig

@@ -8,6 +8,7 @@ started by Lightning's launcher, torchrun or SLURM.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import itertools
 import logging
 import logging.handlers
@@ -244,24 +245,27 @@ def ddp_reruns_this_job(directory: Path, program: str | None = None) -> Iterator
     """Makes Lightning start the other ranks with this job and its directory, not with the whole sweep.
 
     Lightning's script launcher repeats `sys.argv`, which in a multirun holds `-m` and all swept values. It also quotes
-    the directory without escaping quotes in it. `program` is a file that runs one job; None for that of this command.
+    the directory without escaping quotes in it. `program` is a module that runs one job; None for that of this command.
     """
     if started_by_others():
         yield
         return
-    argv = sys.argv
+    main, argv = sys.modules["__main__"], sys.argv
+    spec = main.__spec__
     hydra: Any = HydraConfig.get()  # typed as a dataclass, but a DictConfig
     # A sweep may be stored in an experiment (hydra.mode), and a search path may hold the user's own files.
     paths = [word for word in hydra.overrides.hydra if word.lstrip("+").startswith("hydra.searchpath=")]
     words = cast("list[str]", OmegaConf.to_container(hydra.overrides.task, resolve=False))  # as they were typed
-    sys.argv = [program or argv[0], *config_flags(argv), *words, *paths, "hydra.mode=RUN"]
+    sys.argv = [argv[0], *config_flags(argv), *words, *paths, "hydra.mode=RUN"]
+    if program is not None:
+        main.__spec__ = importlib.util.find_spec(program)  # by which Lightning finds it
     with read_write(hydra), open_dict(hydra):
         run_dir, hydra.run.dir = hydra.run.dir, "."  # not used: the ranks get the directory from the environment
     try:
         with passed_to_ranks(directory):
             yield
     finally:
-        sys.argv = argv
+        sys.argv, main.__spec__ = argv, spec
         with read_write(hydra), open_dict(hydra):
             hydra.run.dir = run_dir
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import statistics
 import sys
@@ -25,6 +26,7 @@ from rich.text import Text
 from ekd_lightning.config import internals
 from ekd_lightning.config.edge import is_interrupt, restored_environment
 from ekd_lightning.config.overrides import override
+from ekd_lightning.errors import UserError
 from ekd_lightning.progress import readable
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import RunState
@@ -71,9 +73,11 @@ def launch(
     None stands for the sweep's own.
 
     Raises:
+        UserError: If the launcher submits jobs to a cluster that is not here.
         KeyboardInterrupt: If the user interrupts, after all jobs have ended; its text is the sweep's state.
     """
     config = multirun_config(sweep, hydra_words)
+    refuse_absent_cluster(config)
     try:
         with shared_gpus(config), watched(sweep):
             internals.launch(config, [_words(job, sweep.folder) for job in jobs], task)
@@ -125,6 +129,12 @@ def resume_words(job: Job) -> list[str]:
 def is_queued(config: DictConfig) -> bool:
     """Whether jobs are submitted to a cluster, where they outlive this process."""
     return str(config.hydra.launcher._target_).endswith("SlurmLauncher")
+
+
+def refuse_absent_cluster(config: DictConfig) -> None:
+    """Refuses a multirun whose jobs would be submitted to a cluster that is not here."""
+    if is_queued(config) and shutil.which("srun") is None:
+        raise UserError("hydra/launcher=slurm: finds no srun here; start it on a machine of the cluster")
 
 
 def stopped(sweep: Sweep, command: str | None = None, *, queued: bool = False) -> str:

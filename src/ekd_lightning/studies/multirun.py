@@ -43,6 +43,7 @@ from ekd_lightning.studies.kept_settings import may_be_added, refuse_changed, se
 from ekd_lightning.studies.launching import (
     is_queued,
     launch,
+    refuse_absent_cluster,
     stop_local_queue,
     stopped,
     update_progress,
@@ -109,6 +110,7 @@ def _check(config: DictConfig, sweep: Sweep) -> None:
     """Checks all jobs of a new sweep before the first one starts, and warns of common settings without effect."""
     checks = JobChecks(config)
     refuse_mistakes(checks.mistakes(sweep.jobs), sweep.jobs, sweep)
+    refuse_absent_cluster(config)
     warn_without_effect([key_of(word) for word in sweep.common], checks.settings)
     warn_of_idle_terms((job.overrides for job in sweep.jobs), lambda words: internals.job_config(config, words, 0))
 
