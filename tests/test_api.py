@@ -96,7 +96,7 @@ def test_mistakes_are_those_of_the_command(here):
         ({"overrides": "data.fraction=0.1"}, "overrides='data.fraction=0.1': must be a list of str"),
         ({"overrides": [1]}, r"overrides=\[1\]: must be a list of str"),
         ({"callbacks": pl.Callback()}, "callbacks=.*: must be a list of Callback"),
-        ({"data": TensorDataset(torch.zeros(1))}, "data must be a str or Path, not a TensorDataset"),
+        ({"data": TensorDataset(torch.zeros(1))}, "data: must be the name .* not a TensorDataset: register_dataset"),
         ({"epochs": "three"}, "recipe.epochs"),
         ({"overrides": ["resume=here"]}, "ekd-train resume=DIR"),
     ):

@@ -117,7 +117,11 @@ def distill(
     Raises:
         UserError: For an invalid setting, before anything is written; or for a loss that is not finite.
     """
-    require_type("data", data, str, Path)
+    if not isinstance(data, (str, Path)):
+        raise UserError(
+            f"data: must be the name of a data set or a folder, not a {type(data).__name__}: register_dataset gives "
+            "one of your own a name, and a Distiller takes any data loader"
+        )
     _check_networks(teachers, student)
     _check_lists(overrides=(overrides, str), callbacks=(callbacks, Callback))
     given = {
