@@ -103,8 +103,8 @@ def test_a_data_set_of_the_hub_is_named_with_its_user(train, tmp_path):
 
 def test_what_needs_squares_is_refused_before_training(photographs, train, tmp_path):
     size = "data.image_size=[16,24]"
-    teachers = "teachers.count=1"
-    run = train(tmp_path / "run", "data=folder", f"data.root={photographs}", size, teachers, "evaluation=full")
+    words = ["teachers.count=1", "data.val_fraction=0", "evaluation=full"]
+    run = train(tmp_path / "run", "data=folder", f"data.root={photographs}", size, *words)
     assert run.code != 0
     assert "evaluation.parts: corruptions need square images, these are 16×24" in run.err
     assert not (tmp_path / "run" / "checkpoints").exists()
