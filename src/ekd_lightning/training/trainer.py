@@ -14,7 +14,7 @@ import torch
 from pytorch_lightning.accelerators import CUDAAccelerator, MPSAccelerator
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ProgressBar, Timer
 from pytorch_lightning.loggers import Logger
-from pytorch_lightning.plugins.environments import ClusterEnvironment
+from pytorch_lightning.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
 from pytorch_lightning.plugins.io import CheckpointIO
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
@@ -104,7 +104,8 @@ def build_trainer(
         raise UserError(f"trainer.accelerator={flags.get('accelerator')}: {one_line(error)}") from None
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from None
-    check_processes(trainer)
+    if not isinstance(trainer._accelerator_connector.cluster_environment, LightningEnvironment):
+        check_processes(trainer)
     return trainer
 
 
@@ -113,7 +114,7 @@ def _plugins(chosen: Any, directory: Path) -> list[Any]:
     plugins = list(chosen) if isinstance(chosen, (list, tuple)) else [] if chosen is None else [chosen]
     if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
         plugins.append(CheckpointWriter(lambda: RunDirectory(directory).identity))
-    if not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
+    if SLURMEnvironment.detect() and not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
         plugins += filter(None, [slurm_environment()])
     return plugins
 
