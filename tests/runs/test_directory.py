@@ -33,7 +33,8 @@ def read(path):
         ({"RANK": "2", "LOCAL_RANK": "0"}, False),
         ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_JOB_NAME": "train"}, False),
         ({"SLURM_PROCID": "0", "LOCAL_RANK": "1"}, False),  # Lightning's second process, in a batch script without srun
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "bash", "LOCAL_RANK": "1"}, False),  # in a shell
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "LOCAL_RANK": "1"}, False),  # in a single task
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_NAME": "bash", "LOCAL_RANK": "1"}, False),  # in a shell
     ],
 )
 def test_who_writes(monkeypatch, environment, expected):

@@ -6,7 +6,6 @@ import pytest
 from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment
 
 from ekd_lightning.errors import UserError
-from ekd_lightning.training.processes import slurm_environment
 from ekd_lightning.training.trainer import build_trainer
 
 
@@ -41,7 +40,7 @@ TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "LOCAL_RANK": "0", "WORLD_S
 @pytest.mark.parametrize(
     ("environment", "flags", "command"),
     [
-        (task("1"), {"devices": 2, "strategy": "ddp"}, "SLURM has started 1; .* srun --nodes=1 --ntasks-per-node=2"),
+        (task("2"), {"devices": 4, "strategy": "ddp"}, "SLURM has started 2; .* srun --nodes=1 --ntasks-per-node=4"),
         (task("4"), {"devices": 1}, "SLURM has started 4; .* srun --nodes=1 --ntasks-per-node=1"),
         (TORCHRUN, {"devices": 1}, "torchrun has started 2; .* torchrun --nnodes=1 --nproc-per-node=1"),
     ],
@@ -61,15 +60,14 @@ def test_a_number_of_tasks_that_lightning_does_not_support_is_refused(tmp_path, 
 
 def test_lightning_does_not_requeue(tmp_path, started):
     """It would save a second checkpoint, inside an epoch, and start a job that cannot have the directory."""
-    started(**task("1"))
-    environment = build(tmp_path, devices=1)._accelerator_connector.cluster_environment
+    started(**task("2"))
+    environment = build(tmp_path, devices=2, strategy="ddp")._accelerator_connector.cluster_environment
     assert isinstance(environment, SLURMEnvironment)
     assert not environment.auto_requeue
 
 
-@pytest.mark.parametrize("name", ["bash", "interactive"])
-def test_in_a_shell_of_slurm_lightning_starts_the_processes(tmp_path, started, name):
-    started(**task("1", name))
+@pytest.mark.parametrize(("count", "name"), [("1", "train"), ("1", "bash"), ("2", "bash"), ("2", "interactive")])
+def test_in_a_single_task_and_in_a_shell_lightning_starts_the_processes(tmp_path, started, count, name):
+    started(**task(count, name))
     trainer = build(tmp_path, devices=2, strategy="ddp")
     assert isinstance(trainer.strategy.cluster_environment, LightningEnvironment)
-    assert slurm_environment() is None

@@ -219,12 +219,12 @@ def given_rank() -> int | None:
     """Returns the global rank that torchrun or SLURM gave this process; None without.
 
     Batch scripts and interactive shells have SLURM_PROCID, too. Like Lightning (`SLURMEnvironment.detect`), this takes
-    a process for a task of SLURM only if the number of tasks is known and the job is not an interactive one.
+    a process for a task of SLURM only if there are several and the job is not an interactive one.
     """
     if "RANK" in os.environ:
         return int(os.environ["RANK"])
-    is_task = "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
-    return int(os.environ["SLURM_PROCID"]) if is_task and "SLURM_PROCID" in os.environ else None
+    alone = int(os.environ.get("SLURM_NTASKS", "1")) == 1 or os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    return None if alone or "SLURM_PROCID" not in os.environ else int(os.environ["SLURM_PROCID"])
 
 
 def is_rank_zero() -> bool:

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 
 import pytorch_lightning as pl
-from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from pytorch_lightning.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 
 from ekd_lightning.errors import UserError
 
 _CHILD_SECONDS = 60  # time for other ranks to end after the last collective operation
 
 
-def slurm_environment() -> SLURMEnvironment | None:
-    """Returns Lightning's view of SLURM, if SLURM has started this process as a task; None otherwise.
+def slurm_environment() -> ClusterEnvironment | None:
+    """Returns what a Trainer has to know of a task of SLURM; None in any other process, which Lightning knows itself.
 
-    Lightning's own requeueing is off: it saves a checkpoint inside an epoch, which no resumed run would read.
+    A single task may start the other processes of its machine. Lightning's own requeueing is off: it saves a checkpoint
+    inside an epoch, which no resumed run would read.
 
     Raises:
         UserError: For a number of tasks that Lightning does not support.
     """
     if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():  # torchrun may run inside of SLURM
         return None
+    if os.environ["SLURM_NTASKS"] == "1":
+        return LightningEnvironment()
     try:
         return SLURMEnvironment(auto_requeue=False)
     except RuntimeError as error:
