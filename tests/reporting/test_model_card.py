@@ -71,6 +71,13 @@ def test_what_the_text_says():
         assert unsaid not in card, unsaid
 
 
+def test_a_network_with_options_is_not_taken_for_the_usual_one():
+    usual, narrow = export(), export()
+    narrow["spec"]["network"]["options"] = {"width": 0.9375}
+    assert "student (`width=0.9375`; " in model_card(narrow, {})
+    assert "width" not in model_card(usual, {})
+
+
 @pytest.mark.parametrize(("student", "said"), [({}, True), ({"branches": [1]}, False), ({"weights": "best"}, False)])
 def test_what_holds_of_the_whole_student_is_not_said_of_a_part(student, said):
     found = {

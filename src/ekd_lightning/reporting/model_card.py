@@ -57,7 +57,7 @@ def model_card(export: Mapping[str, Any], result: Mapping[str, Any], *, license_
         "height": height,
         "width": width,
         "name": model_name(export),
-        "structure": _structure(export),
+        "structure": md.Markdown("; ".join([*_options(export), _structure(export)])),
         "taught": plural(len(teachers), "frozen teacher") if teachers else "labels alone",
         "classes": ", ".join(classes if len(classes) <= _MANY else classes[:5])
         + (f" and {len(classes) - 5} more" if len(classes) > _MANY else ""),
@@ -156,6 +156,11 @@ def _seen_by(teachers: Sequence[Mapping[str, Any]]) -> dict[str, str | None]:
         return (all_of_them if len(some) == len(teachers) else ids) if some else None
 
     return {"saw_everything": named(everything, "Teachers"), "saw_unknown": named(unknown, "the teachers")}
+
+
+def _options(export: Mapping[str, Any]) -> list[str]:
+    """The network's options, such as its width, where they are not the usual ones."""
+    return [md.code(f"{name}={value}") for name, value in (export["spec"]["network"].get("options") or {}).items()]
 
 
 def _structure(export: Mapping[str, Any]) -> str:
