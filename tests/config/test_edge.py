@@ -219,7 +219,14 @@ def sweep_job(tmp_path, monkeypatch):
             "hydra": ["hydra.sweep.dir=x", "+hydra.searchpath=[file://own]", "hydra.mode=MULTIRUN"],
         },
         "run": {"dir": "elsewhere"},
-        "runtime": {"output_dir": str(tmp_path / "1")},
+        "job": {"config_name": "train"},
+        "runtime": {
+            "output_dir": str(tmp_path / "1"),
+            "config_sources": [
+                {"path": "ekd_lightning.conf", "schema": "pkg", "provider": "main"},
+                {"path": "/own", "schema": "file", "provider": "command-line"},
+            ],
+        },
     }
     cfg = OmegaConf.create(hydra)
     OmegaConf.set_struct(cfg, True)
@@ -243,11 +250,13 @@ def test_other_ranks_repeat_this_job_and_nothing_is_left_behind(sweep_job, tmp_p
     assert not any(name in os.environ for name in directory._LAUNCH_ENV)
 
 
-def test_a_command_of_another_kind_names_the_program_that_runs_one_job(sweep_job):
+def test_a_command_of_another_kind_names_the_program_that_runs_one_job(sweep_job, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["_submit.py", "folder"])
     main = sys.modules["__main__"]
     before = main.__spec__
     with directory.ddp_reruns_this_job(Path("x"), program="ekd_lightning.cli.train"):
         assert main.__spec__.name == "ekd_lightning.cli.train"  # what Lightning starts with `python -m`
+        assert sys.argv[1:3] == ["--config-name=train", "--config-dir=/own"]
     assert main.__spec__ is before
 
 

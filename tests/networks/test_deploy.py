@@ -123,13 +123,15 @@ def test_a_student_of_any_loop_is_saved_and_loaded(suffix, tmp_path):
 def test_what_cannot_be_saved_is_told(tmp_path):
     student = lived("mean_logits")
     names = ["a"] * student.num_classes
-    for given, path, classes, message in (
-        (student, "a.pt", names, r"a.pt: .* must end in .safetensors, .onnx, .pt2"),
-        (student, "a.onnx", names[1:], rf"must be {len(names)} names"),
-        (torch.nn.Linear(3, 2), "a.onnx", names, "student must be a BranchedStudent, not a Linear"),
+    for given, path, classes, size, message in (
+        (student, "a.pt", names, 16, r"a.pt: .* must end in .safetensors, .onnx, .pt2"),
+        (student, "a.onnx", names[1:], 16, rf"must be {len(names)} names"),
+        (torch.nn.Linear(3, 2), "a.onnx", names, 16, "student must be a BranchedStudent, not a Linear"),
+        (student, "a.safetensors", names, "16", "image_size='16': must be a number of pixels"),
+        (student, "a.safetensors", names, (16, 0), r"image_size=\(16, 0\): must be"),
     ):
         with pytest.raises(UserError, match=message):
-            save(given, tmp_path / path, classes, 16)
+            save(given, tmp_path / path, classes, size)
     assert not list(tmp_path.iterdir())
 
 

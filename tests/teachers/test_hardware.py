@@ -84,10 +84,12 @@ def test_what_is_busy_is_left_to_others(monkeypatch, busy, left, caplog):
 
 
 @pytest.mark.usefixtures("eight_cores")
-def test_jobs_on_the_other_cores_of_a_shared_machine_do_not_count(monkeypatch):
+def test_jobs_on_the_other_cores_of_a_shared_machine_do_not_count(monkeypatch, caplog):
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setattr(hardware, "busy_threads", lambda: 40)
-    assert choose() == 8
+    with caplog.at_level("INFO"):
+        assert choose() == 8
+    assert "8 threads: all of this process's share of 64 cores" in caplog.text  # and not that none is busy
 
 
 @pytest.mark.parametrize(

@@ -256,9 +256,13 @@ def ddp_reruns_this_job(directory: Path, program: str | None = None) -> Iterator
     # A sweep may be stored in an experiment (hydra.mode), and a search path may hold the user's own files.
     paths = [word for word in hydra.overrides.hydra if word.lstrip("+").startswith("hydra.searchpath=")]
     words = cast("list[str]", OmegaConf.to_container(hydra.overrides.task, resolve=False))  # as they were typed
-    sys.argv = [argv[0], *config_flags(argv), *words, *paths, "hydra.mode=RUN"]
+    flags = config_flags(argv)
     if program is not None:
         main.__spec__ = importlib.util.find_spec(program)  # by which Lightning finds it
+        sources = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
+        # A launcher's process has not the command line of the sweep.
+        flags = [f"--config-name={hydra.job.config_name or 'train'}", *(f"--config-dir={path}" for path in sources)]
+    sys.argv = [argv[0], *flags, *words, *paths, "hydra.mode=RUN"]
     with read_write(hydra), open_dict(hydra):
         run_dir, hydra.run.dir = hydra.run.dir, "."  # not used: the ranks get the directory from the environment
     try:

@@ -102,7 +102,7 @@ def save(student: BranchedStudent, path: str | Path, class_names: Sequence[str],
         image_size: Side of the images in pixels, or (height, width).
 
     Raises:
-        UserError: For another suffix, or another number of class names; if a package that the format needs is not
+        UserError: For another suffix, number of class names or size; if a package that the format needs is not
             installed, or the student cannot be exported.
     """
     require_type("student", student, BranchedStudent)
@@ -112,6 +112,8 @@ def save(student: BranchedStudent, path: str | Path, class_names: Sequence[str],
         raise UserError(f"{path}: the name of an exported student must end in {', '.join(formats)}")
     if isinstance(class_names, str) or len(names) != student.num_classes:
         raise UserError(f"class_names={names!r:.80}: must be {student.num_classes} names, one for each class")
+    if isinstance(image_size, str) or min(sides(image_size)) < 1:
+        raise UserError(f"image_size={image_size!r}: must be a number of pixels >= 1, or (height, width)")
     metadata = {"class_names": [str(name) for name in names], "image_size": list(sides(image_size))}
     write_bytes(path, to_bytes(DeployedStudent(student).cpu(), metadata, formats[path.suffix]))
 

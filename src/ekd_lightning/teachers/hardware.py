@@ -172,7 +172,9 @@ def _choice(requested: int | None, recorded: int | None, device_type: str, num_d
     cores = usable_cores()
     if num_devices > 1:
         return max(1, cores // num_devices), f"{cores} cores for {num_devices} processes"
-    busy = busy_threads() if cores == os.cpu_count() else 0  # of the whole machine; our share of it is ours alone
+    if cores != os.cpu_count():  # busy threads are known of the whole machine only
+        return cores, f"all of this process's share of {os.cpu_count()} cores (trainer.threads=N overrides)"
+    busy = busy_threads()
     return max(1, cores - busy), f"{cores} cores, {busy} of them busy (trainer.threads=N overrides)"
 
 
