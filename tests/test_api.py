@@ -47,7 +47,9 @@ NOISE = "litlogger|LeafSpec|across ranks is zero|in both|logging interval|channe
 
 
 def test_one_call_does_what_the_command_does(here, train, recwarn, caplog):
-    outcome = train(here / "command", "method=ekd", "student.branches=2", "seed=3", "trainer.threads=1")
+    words = ["method=ekd", "student.branches=2", "seed=3", "trainer.threads=1"]
+    # The shared store may have teachers that an earlier test trained with another number of threads.
+    outcome = train(here / "command", *words, f"teachers.store={here}/own")
     assert outcome.code == 0, outcome.err
     caplog.set_level(logging.INFO)
     quieted = logging.getLogger("pytorch_lightning.utilities.rank_zero")
@@ -89,6 +91,7 @@ def test_mistakes_are_those_of_the_command(here):
         ({"teachers": ["cifar10_resnet99"]}, "unknown teacher 'cifar10_resnet99'"),
         ({"data": Path("nowhere")}, "data=nowhere: no such folder"),
         ({"data": "digit"}, "digit"),
+        ({"method": 3}, "method must be a str or None, not a int"),
         ({"method": "ekdd"}, "unknown method 'ekdd'; did you mean 'ekd'"),
         ({"student": torch.nn.Linear(3, 2)}, "student: must be the name .* not a Linear; .*register_network"),
         ({"teachers": [torch.nn.Linear(3, 2)]}, "teachers: must be names or mappings .* not a Linear; .*module"),
@@ -176,6 +179,8 @@ def test_parts_that_do_not_fit_are_refused_when_they_meet():
         ekd.method("ekd", student, members)
     with pytest.raises(UserError, match="student must be a BranchedStudent, not a StagedNetwork"):
         ekd.method("ekd", members[0], ekd.TeacherEnsemble(members))
+    with pytest.raises(UserError, match="name must be a str, not a Method"):
+        ekd.method(method, student, ekd.TeacherEnsemble(members))
     with pytest.raises(UserError, match="overrides='a=1': must be a list"):
         ekd.method("ekd", student, ekd.TeacherEnsemble(members), overrides="a=1")
     with pytest.raises(UserError, match="spec must be a NetworkSpec, not a Linear: register_network"):

@@ -123,6 +123,7 @@ def distill(
             "one of your own a name, and a Distiller takes any data loader"
         )
     _check_networks(teachers, student)
+    require_type("method", method, str, NoneType)
     _check_lists(overrides=(overrides, str), callbacks=(callbacks, Callback))
     given = {
         "student.network": student,
@@ -182,6 +183,7 @@ def method(
         UserError: For an unknown name, a method that does not fit the networks, or a network that does not return
             logits for images of this size.
     """
+    require_type("name", name, str)
     require_type("student", student, BranchedStudent)
     require_type("teachers", teachers, TeacherEnsemble, NoneType)
     _check_lists(overrides=(overrides, str))

@@ -89,7 +89,7 @@ def test_jobs_on_the_other_cores_of_a_shared_machine_do_not_count(monkeypatch, c
     monkeypatch.setattr(hardware, "busy_threads", lambda: 40)
     with caplog.at_level("INFO"):
         assert choose() == 8
-    assert "8 threads: all of this process's share of 64 cores" in caplog.text  # and not that none is busy
+    assert "8 threads: this process's share of 64 cores" in caplog.text  # and not that none is busy
 
 
 @pytest.mark.parametrize(

@@ -172,10 +172,10 @@ def _choice(requested: int | None, recorded: int | None, device_type: str, num_d
     cores = usable_cores()
     if num_devices > 1:
         return max(1, cores // num_devices), f"{cores} cores for {num_devices} processes"
-    if cores != os.cpu_count():  # busy threads are known of the whole machine only
-        return cores, f"all of this process's share of {os.cpu_count()} cores (trainer.threads=N overrides)"
-    busy = busy_threads()
-    return max(1, cores - busy), f"{cores} cores, {busy} of them busy (trainer.threads=N overrides)"
+    share = cores != os.cpu_count()  # busy threads are known of the whole machine only
+    busy = 0 if share else busy_threads()
+    found = f"this process's share of {os.cpu_count()} cores" if share else f"{cores} cores, {busy} of them busy"
+    return max(1, cores - busy), f"{found} (trainer.threads=N overrides)"
 
 
 def keep_freed_memory() -> bool:
