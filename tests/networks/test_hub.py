@@ -241,5 +241,19 @@ def test_its_accuracy_on_the_real_test_images_is_that_of_its_card(name):
     assert right / len(test.labels) == pytest.approx(expected, abs=2e-4)  # near ties may fall either way
 
 
-def test_the_package_holds_the_student_of_the_first_minute():
-    assert "resnet8-ekd-cifar10" in OWN
+def test_the_page_lists_the_students_of_the_package_with_their_numbers():
+    page = (Path(__file__).parents[2] / "docs/export.md").read_text()
+    page = page.split("## Students in the package\n")[1].split("\n## ")[0]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| `")
+    ]
+    assert sorted(row[0].strip("`") for row in rows) == sorted(OWN)
+    for name, _, data, labels, parameters, macs, accuracy, best in rows:
+        facts = ekd_lightning.load(name.strip("`")).metadata
+        teachers = [one["test_accuracy"] for one in facts["method"]["teachers"]]
+        share = facts["data"].get("fraction")
+        assert data == facts["data"]["name"].upper().replace("CIFAR", "CIFAR-")
+        assert labels == ("all" if share in (None, 1.0) else f"{share:.0%}".replace("%", " %"))
+        assert parameters == f"{facts['student']['num_parameters']:,}"
+        assert macs == f"{facts['student']['macs'] / 1e6:.1f} M"
+        assert (accuracy, best) == (f"{100 * facts['test_metrics']['accuracy']:.2f}", f"{100 * max(teachers):.2f}")
