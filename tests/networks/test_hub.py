@@ -218,7 +218,7 @@ OWN = sorted(path.stem for path in hub.STUDENTS.glob("*.safetensors"))
 @pytest.mark.parametrize("name", OWN)
 def test_a_student_of_the_package_is_small_and_has_a_card_that_names_it(name):
     path = hub.STUDENTS / f"{name}.safetensors"
-    assert path.stat().st_size < 400_000
+    assert path.stat().st_size < 1_000_000  # of at most 250,000 weights in float32
     card: Any = ModelCard.load(path.with_suffix(".md"))
     model = ekd_lightning.load(name)
     assert card.data.model_name == name
