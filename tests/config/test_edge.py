@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from whole_runs import call_teach, call_train
 
-from ekd_lightning import cli, errors, library_messages
+from ekd_lightning import cli, errors
 from ekd_lightning.config import directory, edge
 from ekd_lightning.config.config import compose_settings, register_schema
 from ekd_lightning.config.edge import ConsoleLines, logged_as_by_commands, one_line, run_program
@@ -404,9 +404,9 @@ def test_ranks_that_cannot_agree_are_told_to_name_the_directory(monkeypatch):
 
 
 def test_retries_of_the_hub_are_one_line(caplog, monkeypatch):
-    monkeypatch.setattr(library_messages, "_HUB_RETRIES", library_messages._HubRetries())
+    monkeypatch.setattr(edge, "_HUB_RETRIES", edge._HubRetries())
     client = logging.getLogger("huggingface_hub.utils._http")  # the name that its client logs by
-    library_messages.quiet_libraries()
+    edge.quiet_libraries()
     try:
         for number in (1, 2):
             client.warning(
@@ -415,7 +415,7 @@ def test_retries_of_the_hub_are_one_line(caplog, monkeypatch):
             client.warning("Retrying in %ss [Retry %s/5].", 2**number, number)
         client.warning("You are sending unauthenticated requests")
     finally:
-        client.removeFilter(library_messages._HUB_RETRIES)
+        client.removeFilter(edge._HUB_RETRIES)
     told = "a request to the Hugging Face hub failed ('[Errno -2] Name or service not known'); trying again"
     assert caplog.messages == [told, "You are sending unauthenticated requests"]
 

@@ -36,7 +36,7 @@ WORDS = (
 def run_all(folder: Path, store: Path, devices: int, methods: list[str], rank: int = 0) -> dict[str, str]:
     """Trains every method; returns the error of each, "" for those that succeeded."""
     from ekd_lightning.config.config import compose_settings
-    from ekd_lightning.library_messages import quiet_libraries
+    from ekd_lightning.config.edge import quiet_libraries
     from ekd_lightning.pipeline.run import run
 
     quiet_libraries()

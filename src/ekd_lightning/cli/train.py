@@ -30,7 +30,7 @@ from ekd_lightning.config.config import (
     warn_without_effect,
 )
 from ekd_lightning.config.directory import JobOutput, ddp_reruns_this_job, remove_unused
-from ekd_lightning.config.edge import OFF_SCREEN, is_interrupt, one_line, run_program
+from ekd_lightning.config.edge import OFF_SCREEN, is_interrupt, one_line, quiet_libraries, run_program
 from ekd_lightning.config.output import print_table
 from ekd_lightning.config.overrides import (
     check_place,
@@ -45,7 +45,6 @@ from ekd_lightning.config.overrides import (
     shell_word,
 )
 from ekd_lightning.errors import UserError, users_line
-from ekd_lightning.library_messages import quiet_libraries
 from ekd_lightning.progress_lines import Lines
 from ekd_lightning.runs.directory import RunDirectory, RunState
 from ekd_lightning.runs.lock import LockedError, lock_ahead, release_ahead
