@@ -173,8 +173,12 @@ def parameters_of(make: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
         return inspect.signature(make).parameters
 
 
-def check_keywords(owner: str, options: Mapping[str, Any], known: Mapping[str, inspect.Parameter]) -> None:
-    """Checks options by the parameters that take them; `owner` names for messages whose they are.
+def check_keywords(
+    owner: str, options: Mapping[str, Any], known: Mapping[str, inspect.Parameter], *, key: str | None = None
+) -> None:
+    """Checks options by the parameters that take them.
+
+    For messages, `owner` says whose they are, and `key` is their dotted key in the configuration, if they have one.
 
     Raises:
         UserError: If one does not exist, a required one is missing, or one is annotated as a number, a truth value or
@@ -186,7 +190,8 @@ def check_keywords(owner: str, options: Mapping[str, Any], known: Mapping[str, i
         hint, is_default = known[name].annotation, value is None and known[name].default is None
         if not is_default and _is_plain(hint) and not is_of(value, hint):
             shown = "null" if value is None else repr(value)
-            raise UserError(f"option {name}={shown} of {owner}: must be {name_of_type(hint)}")
+            named = f"{key}.{name}={shown}" if key else f"option {name}={shown} of {owner}"
+            raise UserError(f"{named}: must be {name_of_type(hint)}")
     several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     required = [name for name, one in known.items() if one.default is one.empty and one.kind not in several]
     missing = [name for name in required if name not in options]

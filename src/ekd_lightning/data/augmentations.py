@@ -78,7 +78,8 @@ def build_augmentation(name: str, options: Mapping[str, Any]) -> tuple[Augmentat
     """
     make = AUGMENTATIONS[name]
     parameters = parameters_of(make)
-    check_keywords(f"{OPTIONS_KEY}.{name}", options, parameters)
+    key = f"{OPTIONS_KEY}.{name}"
+    check_keywords(key, options, parameters, key=key)
     values = {option: options.get(option, known.default) for option, known in parameters.items()}
     return make(**options), name + json.dumps(values, sort_keys=True, default=str)
 
