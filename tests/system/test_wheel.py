@@ -56,6 +56,7 @@ def test_the_wheel_is_complete(wheel: Path) -> None:
         "ekd_lightning/data/cifar.yaml",
         "ekd_lightning/networks/zoo.yaml",
         "ekd_lightning/conf/train.yaml",
+        "ekd_lightning/students/resnet8-ekd-cifar10.safetensors",
         "ekd_lightning/students/resnet20-ekd-cifar10.safetensors",
     }
     for folder, prefix in (("conf", "ekd_lightning/conf"), ("src/ekd_lightning", "ekd_lightning")):
